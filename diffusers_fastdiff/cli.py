@@ -1,0 +1,117 @@
+"""The `fastdiff` command."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .errors import check_writable
+from .hooks.fixed_point_sampling import FixedPointSamplingConfig, apply_fixed_point_sampling
+from .pictures import labelled_grid
+from .pretrained import available_pretrained, load_pretrained
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status is 0, or 2 after a mistake of the user, which is explained in one line."""
+    parser = argparse.ArgumentParser(prog="fastdiff", description="Fast diffusion models, from the command line.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_sample(commands)
+    _add_convert(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"fastdiff {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add_sample(commands) -> None:
+    parser = commands.add_parser("sample", help="draw a labelled grid of images", description=_sample.__doc__)
+    parser.add_argument("--model", default="digits-fpdm", help="an embedded pipeline or a folder of a DiTPipeline")
+    parser.add_argument("--labels", type=int, nargs="+", default=list(range(10)), help="classes to draw")
+    parser.add_argument("--rows", type=int, default=4, help="images of each class")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="1 for none")
+    parser.add_argument("--iteration_budget", type=int, help="fixed-point iterations of the whole run (fixed-point models)")
+    parser.add_argument("--allocation", default="constant", help="how to spread them: constant, increasing or decreasing")
+    parser.add_argument("--reuse_solution", action="store_true", help="start each step from the last solution")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("digits.png"))
+    parser.set_defaults(run=_sample)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    """Draw images of the given classes with a DiTPipeline and save them as one labelled picture."""
+    import diffusers
+
+    check_writable(args.output.parent, "--output")
+    if args.rows < 1:
+        raise ValueError(f"`--rows` must be at least 1, got {args.rows}.")
+    if args.model in available_pretrained():
+        pipe = load_pretrained(args.model)
+    elif Path(args.model).is_dir():
+        pipe = diffusers.DiTPipeline.from_pretrained(args.model)
+    else:
+        raise ValueError(f"`--model` must be a folder or one of {available_pretrained()}, got {args.model!r}.")
+    if args.iteration_budget is not None or args.reuse_solution:
+        config = FixedPointSamplingConfig(
+            budget=args.iteration_budget, allocation=args.allocation, reuse_solution=args.reuse_solution
+        )
+        apply_fixed_point_sampling(pipe, config)
+    labels = args.labels * args.rows
+    counter = pipe.transformer.register_forward_pre_hook(lambda *_: evaluations.append(1))
+    evaluations: list[int] = []
+    start = time.perf_counter()
+    pictures = pipe(
+        labels,
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        generator=torch.Generator().manual_seed(args.seed),
+    ).images
+    seconds = time.perf_counter() - start
+    counter.remove()
+    labelled_grid(pictures, list(map(str, labels)), columns=len(args.labels)).save(args.output)
+    print(f"{len(pictures)} images, {len(evaluations)} model evaluations, {seconds:.1f} s: {args.output}")
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert", help="convert an original checkpoint to the layout of diffusers", description=_convert.__doc__
+    )
+    parser.add_argument("kind", choices=["dit", "fpdm"], help="what the checkpoint holds")
+    parser.add_argument("checkpoint", type=Path, help="file: safetensors, or a PyTorch file of plain tensors")
+    parser.add_argument("output", type=Path, help="folder for the converted model")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="weights of a training checkpoint")
+    parser.add_argument("--num_attention_heads", type=int, help="for widths that were not published")
+    parser.add_argument("--num_iterations", type=int, help="fpdm: default iterations of the model")
+    parser.add_argument(
+        "--pre_post_timestep_conditioning",
+        action=argparse.BooleanOptionalAction,
+        help="fpdm: whether the outer layers see the timestep, where the checkpoint does not say so",
+    )
+    parser.add_argument("--flow", action="store_true", help="fpdm: trained with the original's rectified flow")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Read an original checkpoint without executing anything in it and save it for `from_pretrained`."""
+    from .conversion import convert_dit, convert_fpdm
+
+    check_writable(args.output, "output")
+    options = {"num_attention_heads": args.num_attention_heads, "weights": args.weights}
+    if args.kind == "fpdm":
+        options |= {
+            "num_iterations": args.num_iterations,
+            "pre_post_timestep_conditioning": args.pre_post_timestep_conditioning,
+            "flow": args.flow,
+        }
+    model = (convert_fpdm if args.kind == "fpdm" else convert_dit)(args.checkpoint, **options)
+    model.save_pretrained(args.output)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters: {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

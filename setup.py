@@ -1,0 +1,38 @@
+"""Package metadata. Lower bounds only, so that users keep their own torch; constraints.txt pins the tested versions."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+EXTRAS = {
+    "train": ["accelerate>=1.1", "datasets>=3.0", "peft>=0.17", "scikit-learn>=1.3", "tensorboard>=2.15"],
+    "eval": ["matplotlib>=3.8", "scikit-learn>=1.3"],
+}
+EXTRAS["test"] = [*EXTRAS["train"], *EXTRAS["eval"], "pytest>=8.0"]
+EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.0", "ruff>=0.8"]
+
+setup(
+    name="diffusers_fastdiff",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "diffusers_fastdiff" / "__init__.py").read_text())[1],
+    description="Diffusion models that are fast to sample and to train, as components of diffusers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["diffusers_fastdiff*"]),
+    package_data={"diffusers_fastdiff": ["pretrained/*/*.json", "pretrained/*/*/*", "evaluation/*.safetensors"]},
+    install_requires=[
+        "diffusers>=0.38",
+        "huggingface_hub>=0.34",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "safetensors>=0.4.5",
+        "torch>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fastdiff = diffusers_fastdiff.cli:main"]},
+)
