@@ -1,0 +1,7 @@
+"""Original checkpoints to our and diffusers' classes. Files are read as data; nothing in them is executed."""
+
+from .amed import convert_amed
+from .dit import convert_dit
+from .fpdm import convert_fpdm
+
+__all__ = ["convert_amed", "convert_dit", "convert_fpdm"]

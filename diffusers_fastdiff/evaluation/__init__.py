@@ -1,0 +1,1 @@
+"""Measuring samples. Nothing here is imported by the rest of the package."""
