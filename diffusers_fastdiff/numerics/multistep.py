@@ -58,8 +58,14 @@ def ipndm_v_weights(sigmas: list[Sigma], sigma_next: Sigma, order: int) -> StepW
     return StepWeights(1.0, tuple(weights))
 
 
-def dpmpp_weights(sigmas: list[Sigma], sigma_next: Sigma, order: int, data_prediction: bool = True) -> StepWeights:
-    """DPM-Solver++ of order 1 to 3 on denoised samples, or with `data_prediction=False` on slopes."""
+def dpmpp_weights(
+    sigmas: list[Sigma], sigma_next: Sigma, order: int, data_prediction: bool = True, true_third_order: bool = False
+) -> StepWeights:
+    """DPM-Solver++ of order 1 to 3 on denoised samples, or with `data_prediction=False` on slopes.
+
+    As published, order 3 takes half of the second derivative, which leaves it with an error of second order;
+    `true_third_order` takes all of it.
+    """
     if order == 1:  # exact also for sigma_next = 0
         ratio = sigma_next / sigmas[0]
         return StepWeights(ratio, (1 - ratio,)) if data_prediction else StepWeights(1.0, (sigma_next - sigmas[0],))
@@ -77,7 +83,7 @@ def dpmpp_weights(sigmas: list[Sigma], sigma_next: Sigma, order: int, data_predi
         newer, older = [1 / r_0, -1 / r_0, 0.0], [0.0, 1 / r_1, -1 / r_1]
         share = r_0 / (r_0 + r_1)
         first = [(1 + share) * a - share * b for a, b in zip(newer, older, strict=True)]
-        second = [(a - b) / (r_0 + r_1) for a, b in zip(newer, older, strict=True)]
+        second = [(2 if true_third_order else 1) * (a - b) / (r_0 + r_1) for a, b in zip(newer, older, strict=True)]
         phi_2 = phi_1 / h + sign
         phi_3 = phi_2 / h - 0.5
         parts = [(phi_1, [1.0, 0.0, 0.0]), (-sign * phi_2, first), (phi_3, second)]

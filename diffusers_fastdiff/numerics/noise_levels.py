@@ -5,7 +5,6 @@ Solvers work on `x = x_0 + sigma * noise` (variance-exploding coordinates), wher
 rectified flow, `x = (1 - t) x_0 + t noise`, obeys the same equation in its own coordinates with `sigma = t`.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -29,6 +28,9 @@ class NoiseModel(Protocol):
 
     def state_scale(self, sigma: Sigma) -> torch.Tensor:
         """What a pipeline calls the sample is `state_scale * x`."""
+
+    def initial_scale(self, sigma: Sigma) -> torch.Tensor:
+        """Size of the sample a pipeline starts with at `sigma`, relative to standard normal noise."""
         ...
 
     def input_scale(self, sigma: Sigma) -> torch.Tensor:
@@ -111,6 +113,9 @@ class VariancePreservingModel:
 
     input_scale = state_scale
 
+    def initial_scale(self, sigma: Sigma) -> torch.Tensor:
+        return torch.ones_like(torch.as_tensor(sigma, dtype=torch.float64))
+
     def timestep(self, sigma: Sigma) -> torch.Tensor:
         return self.levels.timestep(sigma)
 
@@ -143,7 +148,7 @@ class RectifiedFlowModel:
     def state_scale(self, sigma: Sigma) -> torch.Tensor:
         return torch.ones_like(torch.as_tensor(sigma, dtype=torch.float64))
 
-    input_scale = state_scale
+    input_scale = initial_scale = state_scale
 
     def timestep(self, sigma: Sigma) -> torch.Tensor:
         return self.num_train_timesteps * torch.as_tensor(sigma, dtype=torch.float64)
@@ -173,11 +178,17 @@ class PreconditionedModel:
     def state_scale(self, sigma: Sigma) -> torch.Tensor:
         return torch.ones_like(torch.as_tensor(sigma, dtype=torch.float64))
 
+    def initial_scale(self, sigma: Sigma) -> torch.Tensor:
+        return torch.as_tensor(sigma, dtype=torch.float64)
+
     def input_scale(self, sigma: Sigma) -> torch.Tensor:
         return self.preconditioning.at(torch.as_tensor(sigma, dtype=torch.float64)).c_in
 
     def timestep(self, sigma: Sigma) -> torch.Tensor:
         return self.preconditioning.at(torch.as_tensor(sigma, dtype=torch.float64)).c_noise
+
+    def sigma(self, timestep: Sigma) -> torch.Tensor:
+        return self.preconditioning.sigma(timestep)
 
     def slope(self, output: torch.Tensor, x: torch.Tensor, sigma: Sigma) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
@@ -187,13 +198,3 @@ class PreconditionedModel:
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, sigma: Sigma) -> torch.Tensor:
         return clean + torch.as_tensor(sigma, dtype=torch.float64).to(clean.dtype) * noise
-
-
-def fit_vp_rates(sigma_min: float, sigma_max: float, epsilon_t: float = 1e-3) -> tuple[float, float]:
-    """`beta_d, beta_min` for which the VP noise level `sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)` spans the given range.
-
-    The smallest level is at `t = epsilon_t`, the largest at `t = 1`. Karras et al., arXiv 2206.00364, appendix C.1.
-    """
-    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-    beta_d = 2 * (low / epsilon_t - high) / (epsilon_t - 1)
-    return beta_d, high - beta_d / 2

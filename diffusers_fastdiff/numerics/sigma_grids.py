@@ -5,9 +5,11 @@ Sources: Karras et al., arXiv 2206.00364, eq. (5) (polynomial) and appendix C.1 
 time, so that it is meaningful for `rho = 1` only; here it is applied to both ends.
 """
 
+import math
+
 import torch
 
-from .noise_levels import DiscreteNoiseLevels, fit_vp_rates
+from .noise_levels import DiscreteNoiseLevels
 from .time_grids import power_grid
 
 GRIDS = ("polynomial", "logsnr", "time_uniform", "discrete")
@@ -33,6 +35,16 @@ def time_uniform_grid(num_points: int, sigma_min: float, sigma_max: float, rho: 
     beta_d, beta_min = fit_vp_rates(sigma_min, sigma_max, epsilon_t)
     time = power_grid(1.0, epsilon_t, num_points - 1, rho)
     return torch.expm1(beta_d * time**2 / 2 + beta_min * time).sqrt()
+
+
+def fit_vp_rates(sigma_min: float, sigma_max: float, epsilon_t: float = 1e-3) -> tuple[float, float]:
+    """`beta_d, beta_min` for which the VP noise level `sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)` spans the given range.
+
+    The smallest level is at `t = epsilon_t`, the largest at `t = 1`. Karras et al., arXiv 2206.00364, appendix C.1.
+    """
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / epsilon_t - high) / (epsilon_t - 1)
+    return beta_d, high - beta_d / 2
 
 
 def discrete_grid(

@@ -38,6 +38,7 @@ class Solver:
         lower_order_final: let the order of DPM-Solver++ fall to 1 towards the end.
         threshold_quantile: dynamic thresholding of denoised samples in DPM-Solver++ with data prediction (arXiv 2205.11487):
             each sample is clipped at this quantile of its own values, at least at 1, and divided by it. None for none.
+        true_third_order: correct DPM-Solver++ of order 3, see `multistep.dpmpp_weights`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Solver:
     data_prediction: bool = True
     lower_order_final: bool = True
     threshold_quantile: float | None = None
+    true_third_order: bool = False
 
     def __post_init__(self):
         if self.name not in SOLVERS:
@@ -76,7 +78,8 @@ class Solver:
             case "dpmpp":
                 order = min(order, dpmpp_order(substep, num_substeps, self.order, self.lower_order_final))
                 ends_at_zero = not isinstance(sigma_next, torch.Tensor) and sigma_next == 0
-                return dpmpp_weights(sigmas, sigma_next, 1 if ends_at_zero else order, self.data_prediction)
+                order = 1 if ends_at_zero else order
+                return dpmpp_weights(sigmas, sigma_next, order, self.data_prediction, self.true_third_order)
         return ipndm_weights(sigmas, sigma_next, 1)
 
 

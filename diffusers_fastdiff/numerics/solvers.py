@@ -78,7 +78,7 @@ class SolverRun:
         return x + added * noise
 
     def skip_evaluation(self, x: torch.Tensor) -> torch.Tensor:
-        """The analytical first step: the slope of Gaussian data of unit variance replaces the first evaluation."""
+        """The analytical first step: at the start `x` is nearly noise alone, which is then the slope."""
         return self.follow(x, x / (1 + self.sigma**2) ** 0.5)
 
     def advance(self, x: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
