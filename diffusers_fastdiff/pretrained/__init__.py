@@ -1,46 +1,74 @@
-"""The embedded models: complete pipelines of a few hundred kilobytes each, for demos, tests and solver research."""
+"""The embedded models and learned solvers, for demos, tests and research: small, offline, safetensors and JSON."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline
 
-from ..models.autoencoder_pixel import PixelAutoencoder
-from ..models.transformer_faster_dit import FasterDiffusionDiTTransformer2DModel
-from ..models.transformer_fixed_point_dit import FixedPointDiTTransformer2DModel
+from ..schedulers.scheduling_amed import AMEDScheduler
 
-_CLASSES = {
-    cls.__name__: cls for cls in (FasterDiffusionDiTTransformer2DModel, FixedPointDiTTransformer2DModel, PixelAutoencoder)
-}
 _FOLDER = Path(__file__).parent
+_SOLVERS = _FOLDER / "solvers"
 
 
 def available_pretrained() -> list[str]:
-    """Names that `load_pretrained` knows."""
+    """Names of the embedded pipelines."""
     return sorted(path.parent.name for path in _FOLDER.glob("*/model_index.json"))
 
 
-def load_pretrained(name: str, torch_dtype: torch.dtype = torch.float32) -> DiTPipeline:
-    """Load an embedded pipeline; needs no network.
+def available_solvers() -> list[str]:
+    """Names of the embedded learned solvers, `<pipeline>-<student>-<evaluations>[-guidance<scale>]`."""
+    return sorted(path.parent.name for path in _SOLVERS.glob("*/scheduler_config.json"))
+
+
+def load_pretrained(name: str, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline | AMEDScheduler:
+    """Load an embedded pipeline or learned solver; needs no network.
 
     Args:
-        name: "digits-fpdm" (fixed-point DiT), "digits-dit" (plain DiT, 4 layers) or "digits-dit-deep" (plain DiT, more
-            layers). All draw 8x8 grey digits by class label, with guidance.
-        torch_dtype: precision to run in; the weights are stored in float16.
+        name: a pipeline, such as "digits-fpdm" (fixed-point DiT), "digits-dit" (plain DiT, 4 layers) or "digits-dit-deep" (8
+            layers), which draw 8x8 grey digits by class label; or a solver for one of them, such as "digits-dit-lms-5".
+        torch_dtype: precision of a pipeline; the weights are stored in float16.
 
     Raises:
         ValueError: for an unknown name.
     """
+    if name in available_solvers():
+        return AMEDScheduler.from_pretrained(_SOLVERS / name)
     if name not in available_pretrained():
-        raise ValueError(f"`name` must be one of {available_pretrained()}, got {name!r}.")
+        raise ValueError(f"`name` must be one of {available_pretrained() + available_solvers()}, got {name!r}.")
     folder = _FOLDER / name
     index = json.loads((folder / "model_index.json").read_text())
     # Component by component, because `DiTPipeline.from_pretrained` warns about every class that is not its own.
-    transformer, vae = (
-        _CLASSES[index[key][1]].from_pretrained(folder, subfolder=key, torch_dtype=torch_dtype)
-        for key in ("transformer", "vae")
-    )
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
-    return DiTPipeline(transformer, vae, scheduler)
+    components = {key: _load(folder, key, *entry, torch_dtype) for key, entry in index.items() if not key.startswith("_")}
+    return _find("diffusers_fastdiff", index["_class_name"])(**components)
+
+
+def open_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
+    """An embedded pipeline by name, or any other by folder or Hub name with `DiffusionPipeline.from_pretrained(**kwargs)`.
+
+    Raises:
+        ValueError: for a name that is neither.
+    """
+    if name in available_pretrained():
+        return load_pretrained(name)
+    try:
+        return DiffusionPipeline.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
+    except OSError as error:
+        raise ValueError(
+            f"{name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded as a folder or from the Hub: "
+            f"{error}"
+        ) from error
+
+
+def _load(folder: Path, key: str, library: str, class_name: str, torch_dtype: torch.dtype) -> Any:
+    options = {} if "scheduler" in key else {"torch_dtype": torch_dtype}
+    return _find(library, class_name).from_pretrained(folder, subfolder=key, **options)
+
+
+def _find(library: str, class_name: str) -> type:
+    own = getattr(importlib.import_module("diffusers_fastdiff"), class_name, None)
+    return own if own is not None and library == "diffusers_fastdiff" else getattr(diffusers, class_name)

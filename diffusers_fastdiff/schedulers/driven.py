@@ -26,8 +26,14 @@ class DrivenSchedulerMixin:
             self.timesteps = whole.long().to(device)
         else:
             self.timesteps = times.float().to(device)
+        self.init_noise_sigma = float(self._model.initial_scale(driver.run.sigmas[0]))
         levels = [evaluation.sigma for evaluation in driver.evaluations]
         self.sigmas = torch.tensor([*levels, driver.run.sigmas[-1]], dtype=torch.float32)
+
+    @property
+    def noise_model(self) -> NoiseModel:
+        """Coordinates and conditioning of the network this scheduler drives."""
+        return self._model
 
     @property
     def step_index(self) -> int | None:

@@ -8,17 +8,45 @@ from typing import Any
 import torch
 
 from ..numerics.gaussian_diffusion import rescale_zero_terminal_snr
-from ..numerics.noise_levels import DiscreteNoiseLevels, NoiseModel, RectifiedFlowModel, VariancePreservingModel
+from ..numerics.noise_levels import (
+    DiscreteNoiseLevels,
+    NoiseModel,
+    PreconditionedModel,
+    RectifiedFlowModel,
+    VariancePreservingModel,
+)
 from ..numerics.parametrization import PREDICTION_TYPES
+from ..numerics.preconditioning import Preconditioning
 from ..numerics.sigma_grids import check_grid, make_grid
 
 SPACINGS = ("linspace", "leading", "trailing")
 
 
-def as_flow_config(config: Any) -> Any:
-    """Configs of flow-matching schedulers do not say what the model predicts; their class name does."""
-    if isinstance(config, dict) and str(config.get("_class_name", "")).startswith("FlowMatch"):
-        return {**config, "prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}
+# Entries of the configs of our FDM schedulers, and what `Preconditioning` calls them.
+_PRECONDITIONING = {
+    "multiplier": "momentum",
+    "network_sigma_min": "sigma_min",
+    "network_sigma_max": "sigma_max",
+    "sigma_data": "sigma_data",
+    "beta_d": "beta_d",
+    "beta_min": "beta_min",
+    "epsilon_t": "epsilon_t",
+    "num_train_timesteps": "num_timesteps",
+    "noise_input_scale": "noise_input_scale",
+}
+
+
+def with_model_family(config: Any) -> Any:
+    """Configs of flow-matching and EDM schedulers do not say what the model predicts; their entries or class name do."""
+    if not isinstance(config, dict):
+        return config
+    name = str(config.get("_class_name", ""))
+    if "shift" in config and "prediction_type" not in config:  # only flow-matching schedulers have the one without the other
+        return {**config, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
+    if name.startswith("FDM"):
+        kind = name.removeprefix("FDM").removesuffix("Scheduler").lower()
+        numbers = {own: config[theirs] for theirs, own in _PRECONDITIONING.items() if theirs in config}
+        return {**config, "preconditioning": {"kind": kind, **numbers}}
     return config
 
 
@@ -52,8 +80,10 @@ def make_model(config: Any, levels: DiscreteNoiseLevels) -> NoiseModel:
     """The model that a config describes.
 
     Raises:
-        ValueError: for an unknown prediction type.
+        ValueError: for an unknown prediction type or preconditioning.
     """
+    if getattr(config, "preconditioning", None) is not None:
+        return PreconditionedModel(Preconditioning(**config.preconditioning))
     if config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {config.prediction_type!r}.")
     if config.prediction_type == "flow_prediction":
@@ -110,6 +140,8 @@ def make_sigmas(
     if final not in ("zero", "sigma_min"):
         raise ValueError(f"`final_sigmas_type` must be 'zero' or 'sigma_min', got {final!r}.")
     kind, flow = _grid_kind(config), isinstance(model, RectifiedFlowModel)
+    if isinstance(model, PreconditionedModel):  # has no table of timesteps to space
+        kind = kind or "polynomial"
     if kind is None:
         if flow:
             times = torch.linspace(1, 1 / config.num_train_timesteps, num_steps, dtype=torch.float64)
@@ -120,7 +152,7 @@ def make_sigmas(
     low, high = model.sigma_range
     low = low if config.sigma_min is None else config.sigma_min
     high = high if config.sigma_max is None else config.sigma_max
-    table = None if flow else levels
+    table = levels if isinstance(model, VariancePreservingModel) else None
     if final == "sigma_min":
         return make_grid(kind, num_steps + 1, low, high, config.rho, table)
     if num_steps == 1:

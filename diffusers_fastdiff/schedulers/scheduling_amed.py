@@ -22,7 +22,7 @@ from ..numerics.sigma_grids import check_grid
 from ..numerics.solver_methods import AMEDCoefficients, Solver
 from ..numerics.solvers import SolverRun
 from .driven import DrivenSchedulerMixin
-from .model_config import as_flow_config, make_betas, make_levels, make_model, make_sigmas
+from .model_config import with_model_family, make_betas, make_levels, make_model, make_sigmas
 from .run_index import RunIndex
 from .solver_driver import SolverDriver
 
@@ -40,12 +40,14 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type: of the
             model, as in the schedulers of diffusers.
+        preconditioning: of raw networks of the EDM family, the arguments of [`Preconditioning`]; then the entries above do not
+            count. `from_config` of the FDM schedulers sets it.
         student: the solver: "amed", "dpm2", "dpmpp", "euler", "ipndm", or the learned linear multistep "lms".
         solver_order: highest order of "ipndm" (1 to 4) and "dpmpp" (1 to 3).
         data_prediction: "dpmpp" on denoised samples rather than on noise.
         lower_order_final: let the order of "dpmpp" fall at the end.
         thresholding, dynamic_thresholding_ratio: clip denoised samples of "dpmpp" at this quantile.
-        analytical_first_step: the first evaluation is replaced by the slope of Gaussian data of unit variance (AFS).
+        analytical_first_step: the first evaluation is replaced by the initial noise itself (AFS).
         sigmas: learned or searched grid, one point more than intervals; None makes one as `sigma_schedule` says.
         sigma_schedule, rho, sigma_min, sigma_max, timestep_spacing, steps_offset: of grids that are not listed, as in
             [`IPNDMMultistepScheduler`]. They end at `sigma_min`: midpoints are geometric means, so no interval can end at 0.
@@ -69,6 +71,7 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
+        preconditioning: dict[str, Any] | None = None,
         student: str = "amed",
         solver_order: int = 2,
         data_prediction: bool = True,
@@ -106,7 +109,7 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         self._levels = make_levels(betas)
         self._model = make_model(self.config, self._levels)
         self.betas, self.alphas_cumprod = betas.float(), self._levels.alphas_cumprod.float()
-        self.init_noise_sigma = 1.0
+        self.init_noise_sigma = float(self._model.initial_scale(self._model.sigma_range[1]))
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self.sigmas = torch.cat([self._levels.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
@@ -119,7 +122,7 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         else:
             quantile = dynamic_thresholding_ratio if thresholding else None
             order = solver_order if student in ("ipndm", "dpmpp") else 1
-            self._solver = Solver(student, order, data_prediction, lower_order_final, quantile)
+            self.solver = Solver(student, order, data_prediction, lower_order_final, quantile)
 
     def _check_coefficients(self) -> None:
         config = self.config
@@ -143,8 +146,9 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict[str, Any] | None = None, **kwargs):
-        """From the config of this or another scheduler of diffusers; flow-matching ones set "flow_prediction"."""
-        return super().from_config(as_flow_config(config), **kwargs)
+        """From the config of this or another scheduler; flow-matching and EDM ones say so in `prediction_type` and
+        `preconditioning`."""
+        return super().from_config(with_model_family(config), **kwargs)
 
     # -- runs -------------------------------------------------------------------------------------------------------------
 
@@ -174,11 +178,11 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         if self.config.student == "lms":
             driver = SolverDriver(self._model, partial(LinearRun, self._linear_solver))
         else:
-            grid = self._grid(num_inference_steps, sigmas, mu)
+            grid = self.interval_grid(num_inference_steps, sigmas, mu)
             constants = self._constants(grid)
-            plan = run = partial(SolverRun, self._solver, grid, constants)
+            plan = run = partial(SolverRun, self.solver, grid, constants)
             if self.config.mode == "attached":
-                run = partial(SolverRun, self._solver, grid, partial(self._predict, grid, constants))
+                run = partial(SolverRun, self.solver, grid, partial(self._predict, grid, constants))
                 self._tap.begin_run()
             driver = SolverDriver(self._model, run, self.config.analytical_first_step, plan)
         self._begin_run(driver, device)
@@ -213,7 +217,10 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
             return None
         return 2 * (len(self.config.sigmas) - 1) - int(self.config.analytical_first_step)
 
-    def _grid(self, num_inference_steps: int | None, sigmas: list[float] | None, mu: float | None) -> list[float]:
+    def interval_grid(
+        self, num_inference_steps: int | None, sigmas: list[float] | None = None, mu: float | None = None
+    ) -> list[float]:
+        """Ends of the intervals of a run, in solver coordinates; arguments as in `set_timesteps`."""
         if sigmas is not None or self.config.sigmas is not None:
             return check_grid(self.config.sigmas if sigmas is None else sigmas).tolist()
         skipped = int(self.config.analytical_first_step)
@@ -297,8 +304,8 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         measured = self._tap.measured_guidance(model_output, batch_size)
         if abs(measured - guidance) > 0.03 * max(1.0, guidance):
             raise ValueError(
-                f"This solver was learned for guidance {guidance}, but the pipeline runs with {measured:.3g}. Use that guidance, "
-                "or a solver learned for this one."
+                f"This solver was learned for guidance {guidance}, but the pipeline runs with {measured:.3g}. Use that "
+                "guidance, or a solver learned for this one."
             )
 
     def _predict(self, grid: list[float], constants: list[AMEDCoefficients], interval: int) -> AMEDCoefficients:
@@ -340,12 +347,20 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
             folder = f"{subfolder}/{_PREDICTOR_FOLDER}" if subfolder else _PREDICTOR_FOLDER
             known = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
             options = {key: value for key, value in kwargs.items() if key in known}
-            scheduler.predictor = AMEDPredictor.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **options)
-            scheduler.predictor.eval().requires_grad_(False)
+            scheduler.predictor = _load_predictor(pretrained_model_name_or_path, subfolder=folder, **options)
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tap": None}  # a copy of the scheduler is not attached
+
+
+def _load_predictor(name: str | os.PathLike, **options: Any) -> AMEDPredictor:
+    """Raises OSError where diffusers would fill in missing weights with random ones."""
+    predictor, report = AMEDPredictor.from_pretrained(name, output_loading_info=True, use_safetensors=True, **options)
+    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    if wrong:
+        raise OSError(f"The predictor in {str(name)!r} is damaged or of another version: it lacks or has too many {wrong}.")
+    return predictor.eval().requires_grad_(False)
 
 
 def constant_coefficients(predictor: AMEDPredictor, grid: list[float]) -> list[AMEDCoefficients]:

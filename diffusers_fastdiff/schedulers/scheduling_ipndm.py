@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from ..numerics.solver_methods import Solver
 from ..numerics.solvers import SolverRun
 from .driven import DrivenSchedulerMixin
-from .model_config import as_flow_config, custom_grid, make_betas, make_levels, make_model, make_sigmas
+from .model_config import with_model_family, custom_grid, make_betas, make_levels, make_model, make_sigmas
 from .run_index import RunIndex
 from .solver_driver import SolverDriver
 
@@ -88,7 +88,7 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
     @classmethod
     def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, **kwargs):
         """From the config of this or another scheduler of diffusers; flow-matching ones set "flow_prediction"."""
-        return super().from_config(as_flow_config(config), **kwargs)
+        return super().from_config(with_model_family(config), **kwargs)
 
     def set_timesteps(
         self,

@@ -13,7 +13,8 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ class TrainingRun:
     Args:
         args: the flags of `training.arguments`, plus any others of the script.
         model: trained where its parameters require gradients.
-        dataset: see `training.data`.
+        dataset: see `training.data`; None for losses that draw all they need.
 
     Raises:
         ValueError: if the output folder cannot be written to, or a checkpoint belongs to another run.
     """
 
-    def __init__(self, args: argparse.Namespace, model: torch.nn.Module, dataset: Dataset):
+    def __init__(self, args: argparse.Namespace, model: torch.nn.Module, dataset: Dataset | None = None):
         self.args = args
         self.output_dir = check_writable(args.output_dir)
         self.accelerator = Accelerator(
@@ -91,7 +92,7 @@ class TrainingRun:
         self._settings = self._settings_of_run()
         self.first_step = self._resume()
         self._start_logging()
-        self._batches = self._open_data(dataset)
+        self._batches = repeat({}) if dataset is None else self._open_data(dataset)
 
     # -- the loop ---------------------------------------------------------------------------------------------------------
 
@@ -120,9 +121,13 @@ class TrainingRun:
             start = (number * self.accelerator.num_processes + self.accelerator.process_index) * size
             device = self.accelerator.device
             batch = {key: value.to(device, non_blocking=True) for key, value in next(self._batches).items()}
-            is_last = number == rounds - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with self.gradient_round(number):
                 yield batch, BatchRandom(self.args.seed, step, self.batch_size, start, start + size, device)
+
+    def gradient_round(self, number: int) -> AbstractContextManager:
+        """Forward and backward of accumulation round `number` belong inside: processes exchange gradients in the last one."""
+        is_last = number == self.args.gradient_accumulation_steps - 1
+        return nullcontext() if is_last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of the mean loss of one micro batch; processes exchange gradients in the last one only."""
@@ -137,12 +142,7 @@ class TrainingRun:
         Raises:
             FloatingPointError: if the loss is not a number any more.
         """
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.ema.step(self._parameters)
+        self.take_step()
         self._loss_steps += 1
         done = step + 1
         if done % self.args.logging_steps == 0 or done == self.args.max_train_steps:
@@ -151,6 +151,15 @@ class TrainingRun:
             save_checkpoint(
                 self.accelerator, self.output_dir, done, self._settings, self.ema, self.args.checkpoints_total_limit
             )
+
+    def take_step(self) -> None:
+        """Only the optimisation step, for losses that take several on one batch; `update` takes the last one."""
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.ema.step(self._parameters)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[torch.nn.Module]:
