@@ -10,7 +10,7 @@ import torch
 from .errors import check_writable
 from .hooks.fixed_point_sampling import FixedPointSamplingConfig, apply_fixed_point_sampling
 from .pictures import labelled_grid
-from .pretrained import available_pretrained, load_pretrained
+from .pretrained import available_pretrained, open_pipeline
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_sample(commands)
     _add_convert(commands)
+    _add_search_grid(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
@@ -50,12 +51,11 @@ def _sample(args: argparse.Namespace) -> None:
     check_writable(args.output.parent, "--output")
     if args.rows < 1:
         raise ValueError(f"`--rows` must be at least 1, got {args.rows}.")
-    if args.model in available_pretrained():
-        pipe = load_pretrained(args.model)
-    elif Path(args.model).is_dir():
-        pipe = diffusers.DiTPipeline.from_pretrained(args.model)
-    else:
-        raise ValueError(f"`--model` must be a folder or one of {available_pretrained()}, got {args.model!r}.")
+    pipe = open_pipeline(args.model)
+    if not isinstance(pipe, diffusers.DiTPipeline):
+        raise ValueError(
+            f"`--model` must be a DiTPipeline such as {available_pretrained()}; {args.model!r} is a {type(pipe).__name__}."
+        )
     if args.iteration_budget is not None or args.reuse_solution:
         config = FixedPointSamplingConfig(
             budget=args.iteration_budget, allocation=args.allocation, reuse_solution=args.reuse_solution
@@ -75,6 +75,39 @@ def _sample(args: argparse.Namespace) -> None:
     counter.remove()
     labelled_grid(pictures, list(map(str, labels)), columns=len(args.labels)).save(args.output)
     print(f"{len(pictures)} images, {len(evaluations)} model evaluations, {seconds:.1f} s: {args.output}")
+
+
+def _add_search_grid(commands) -> None:
+    parser = commands.add_parser("search-grid", help="search noise levels for few steps", description=_search_grid.__doc__)
+    parser.add_argument("--model", default="digits-dit", help="embedded name, folder or Hub name of a pipeline")
+    parser.add_argument("--num_inference_steps", type=int, default=6)
+    parser.add_argument("--solver_order", type=int, default=3)
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 for none")
+    parser.add_argument("--sigma_min", type=float, help="by default that of the model")
+    parser.add_argument("--sigma_max", type=float, help="by default that of the model")
+    parser.add_argument("--prompts_file", type=Path, help="text-to-image: one prompt in each line")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("output", type=Path, help="folder for an IPNDMMultistepScheduler with the grid")
+    parser.set_defaults(run=_search_grid)
+
+
+def _search_grid(args: argparse.Namespace) -> None:
+    """Find the noise levels at which a model is best evaluated (GITS) and save an iPNDM scheduler that visits them."""
+    from .schedulers.scheduling_ipndm import IPNDMMultistepScheduler
+    from .training.pipeline_denoiser import PipelineDenoiser, search_pipeline_grid
+
+    check_writable(args.output, "output")
+    if args.num_inference_steps < 2:
+        raise ValueError(f"`--num_inference_steps` must be at least 2, got {args.num_inference_steps}.")
+    pipe = open_pipeline(args.model)
+    plain = IPNDMMultistepScheduler.from_config(pipe.scheduler.config, solver_order=args.solver_order)
+    prompts = args.prompts_file.read_text().splitlines() if args.prompts_file else None
+    denoiser = PipelineDenoiser(pipe, plain.noise_model, args.guidance_scale, prompts)
+    low, high = plain.noise_model.sigma_range
+    ends = [high if args.sigma_max is None else args.sigma_max, low if args.sigma_min is None else args.sigma_min]
+    sigmas = search_pipeline_grid(denoiser, ends, args.num_inference_steps, seed=args.seed)
+    IPNDMMultistepScheduler.from_config(plain.config, sigmas=sigmas).save_pretrained(args.output)
+    print(" ".join(f"{sigma:.4g}" for sigma in sigmas) + f": {args.output}")
 
 
 def _add_convert(commands) -> None:

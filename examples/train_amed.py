@@ -20,7 +20,6 @@ from accelerate.utils import set_seed
 from diffusers_fastdiff import AMEDPredictor, AMEDScheduler
 from diffusers_fastdiff.errors import require
 from diffusers_fastdiff.models.amed_predictor import FEATURE_SIZE
-from diffusers_fastdiff.numerics.gits import search_grid
 from diffusers_fastdiff.numerics.sigma_grids import check_grid
 from diffusers_fastdiff.numerics.solver_methods import AMEDCoefficients, Solver
 from diffusers_fastdiff.numerics.solvers import solve
@@ -36,7 +35,7 @@ from diffusers_fastdiff.training.linear_distillation import (
     follow_linear,
 )
 from diffusers_fastdiff.training.model_card import push_folder, write_model_card
-from diffusers_fastdiff.training.pipeline_denoiser import PipelineDenoiser
+from diffusers_fastdiff.training.pipeline_denoiser import PipelineDenoiser, search_pipeline_grid
 from diffusers_fastdiff.training.randomness import BatchRandom, derive_seed
 from diffusers_fastdiff.training.run import TrainingRun, check_flags, start_processes
 from diffusers_fastdiff.training.teacher_data import TeacherData, make_teacher_data, teacher_grid
@@ -151,21 +150,12 @@ class AMEDTask:
         self.teacher = Solver(args.teacher, args.teacher_order)
         self.grid = args.sigmas or scheduler.interval_grid(args.nfe)
         if args.search_grid:
-            self.grid = self.search()
+            self.grid = search_pipeline_grid(denoiser, self.grid, len(self.grid), seed=args.seed)
         intervals = (args.nfe + self.skips) // 2
         if len(self.grid) != intervals + 1 or self.grid[-1] <= 0:
             raise ValueError(f"The grid for {args.nfe} evaluations must have {intervals + 1} positive levels, got {self.grid}.")
         self.stride = args.teacher_points + 1
         self.teacher_sigmas = refine_grid(self.grid, args.teacher_points)
-
-    def search(self) -> list[float]:
-        """The GITS grid, between the ends of the one the flags describe."""
-        random = BatchRandom(derive_seed(self.args.seed, "grid"), 0, 64, 0, 64, self.denoiser.network.device)
-        choice, noise = self.denoiser.draw(random), random.normal(*self.denoiser.sample_shape)
-        fine = refine_grid([self.grid[0], self.grid[-1]], 59)
-        denoise = self.denoiser.bind(self.denoiser.conditions(choice))
-        with torch.no_grad():
-            return search_grid(denoise, self.denoiser.start(noise, fine[0]), fine, len(self.grid))
 
     def trajectory(self, choice: torch.Tensor, noise: torch.Tensor) -> tuple[Callable, torch.Tensor, list[torch.Tensor]]:
         """Denoiser, start and what the teacher reaches at the end of every interval."""

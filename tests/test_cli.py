@@ -6,6 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
+from diffusers_fastdiff import IPNDMMultistepScheduler
 from diffusers_fastdiff.cli import main
 
 
@@ -28,7 +29,7 @@ def test_sample_with_a_budget_and_reuse(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--model=nothing"], "--model"),
+        (["--model=/nothing"], "The model '/nothing' is no embedded pipeline"),
         (["--rows=0"], "--rows"),
         (["--labels", "11"], "class_labels"),
         (["--iteration_budget=2"], "budget"),
@@ -43,6 +44,17 @@ def test_mistakes_are_explained_in_one_line(arguments, word, tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert word in line
     assert not (tmp_path / "a.png").exists()
+
+
+def test_search_grid_saves_a_scheduler(tmp_path, capsys):
+    assert main(["search-grid", str(tmp_path), "--num_inference_steps=4"]) == 0
+    scheduler = IPNDMMultistepScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(4)
+    assert len(scheduler.config.sigmas) == 4
+    assert capsys.readouterr().out.startswith(f"{scheduler.config.sigmas[0]:.4g} ")
+    with pytest.raises(ValueError, match="must be 4"):
+        scheduler.set_timesteps(5)
+    assert main(["search-grid", str(tmp_path), "--num_inference_steps=1"]) == 2
 
 
 def test_help_teaches():

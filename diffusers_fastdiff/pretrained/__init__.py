@@ -57,9 +57,9 @@ def open_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
         return load_pretrained(name)
     try:
         return DiffusionPipeline.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded as a folder or from the Hub: "
+            f"The model {name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded as a folder or from the Hub: "
             f"{error}"
         ) from error
 

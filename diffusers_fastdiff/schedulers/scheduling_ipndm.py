@@ -31,6 +31,8 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
         solver_order: highest order, 1 to 4; the first steps have lower orders.
         variable_step: weights for the steps as they are, instead of for equal steps (iPNDM_v).
+        sigmas: noise levels of the evaluations, a searched grid for pipelines that cannot pass one to `set_timesteps`; it fixes
+            the number of evaluations.
         sigma_schedule: "polynomial", "logsnr", "time_uniform" or "discrete" for a grid of that kind between `sigma_min` and
             `sigma_max`; None spaces the timesteps as `timestep_spacing` says.
         rho: exponent of the grid, by default 7 for "polynomial" and 1 for the others.
@@ -60,6 +62,7 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         prediction_type: str = "epsilon",
         solver_order: int = 4,
         variable_step: bool = False,
+        sigmas: list[float] | None = None,
         sigma_schedule: str | None = None,
         rho: float | None = None,
         sigma_min: float | None = None,
@@ -80,6 +83,8 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         self._model = make_model(self.config, self._levels)
         self.betas, self.alphas_cumprod = betas.float(), self._levels.alphas_cumprod.float()
         self.init_noise_sigma = 1.0
+        if sigmas is not None:
+            custom_grid(sigmas, None, self.config, self._model, self._levels)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self.sigmas = torch.cat([self._levels.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
@@ -110,6 +115,8 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         Raises:
             ValueError: for lists that do not fall, or a number of steps that is not positive.
         """
+        if self.config.sigmas is not None and sigmas is None and timesteps is None:
+            sigmas = self._listed_sigmas(num_inference_steps)
         if sigmas is not None or timesteps is not None:
             grid = custom_grid(sigmas, timesteps, self.config, self._model, self._levels)
         elif num_inference_steps is None or num_inference_steps < 1:
@@ -118,3 +125,12 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
             grid = make_sigmas(num_inference_steps, self.config, self._model, self._levels, self.config.final_sigmas_type, mu)
         run = partial(SolverRun, self._solver, grid.tolist())
         self._begin_run(SolverDriver(self._model, run), device)
+
+    def _listed_sigmas(self, num_inference_steps: int | None) -> list[float]:
+        listed = [sigma for sigma in self.config.sigmas if sigma > 0]
+        if num_inference_steps != len(listed):
+            raise ValueError(
+                f"`num_inference_steps` must be {len(listed)}, the number of levels in the config's `sigmas`; got "
+                f"{num_inference_steps}."
+            )
+        return self.config.sigmas

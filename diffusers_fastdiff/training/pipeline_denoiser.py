@@ -8,9 +8,11 @@ from diffusers import UNet2DConditionModel
 
 from ..hooks.bottleneck import bottleneck_features, bottleneck_of
 from ..models.class_labels import DIT_PIPELINE_NULL_LABEL
+from ..numerics.gits import search_grid
 from ..numerics.noise_levels import NoiseModel, Sigma
+from ..numerics.sigma_grids import logsnr_grid
 from ..numerics.solver_methods import like
-from .randomness import BatchRandom
+from .randomness import BatchRandom, derive_seed
 
 Conditions = dict[str, torch.Tensor]
 """Keyword arguments of the denoiser, a row for each sample."""
@@ -64,7 +66,7 @@ class PipelineDenoiser:
 
     def features(self, batch_size: int) -> torch.Tensor:
         """(B, 8, 8), of the last evaluation, for the condition."""
-        return self._bottleneck[:batch_size]
+        return self._bottleneck[-batch_size:] if self._takes_prompts else self._bottleneck[:batch_size]
 
     def draw(self, random: BatchRandom) -> torch.Tensor:
         """A random choice of condition for each sample of a slice, (B,) integers: classes or numbers of prompts."""
@@ -109,19 +111,64 @@ class PipelineDenoiser:
         return self.noise_model.slope(output, x, sigma)
 
     def _guided(self, scaled: torch.Tensor, sigma: Sigma, conditions: Conditions) -> torch.Tensor:
-        """What the network says of an input that is already scaled, guided, in the dtype of the input."""
+        return self.predict(scaled, torch.as_tensor(self.noise_model.timestep(sigma)), conditions)
+
+    def predict(self, scaled: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """The network's output, guided, for an input that is already scaled; in one call, as in pipelines.
+
+        Args:
+            scaled: (B, C, H, W).
+            timestep: a number, or one for each sample in any shape.
+            conditions: of `conditions`.
+        """
         count, channels = scaled.shape[:2]
-        times = torch.as_tensor(self.noise_model.timestep(sigma)).to(scaled.device, torch.float32).reshape(-1).expand(count)
-        given = {key: value for key, value in conditions.items() if not key.startswith("null_")}
         inputs = scaled.to(self.network.dtype)
-        if self.guidance_scale != 1:
-            inputs, times = torch.cat([inputs, inputs]), torch.cat([times, times])
-            given = {key: torch.cat([value, conditions[f"null_{key}"]]) for key, value in given.items()}
-        output = self.network(inputs, times, **given).sample[:, :channels].to(scaled.dtype)
+        times = timestep.to(scaled.device, torch.float32).reshape(-1).expand(count)
+        given = {key: value for key, value in conditions.items() if not key.startswith("null_")}
         if self.guidance_scale == 1:
-            return output
-        conditional, unconditional = output.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+            return self.network(inputs, times, **given).sample[:, :channels].to(scaled.dtype)
+        order = self._condition_last if self._takes_prompts else self._condition_first
+        given = {key: torch.cat(order(value, conditions[f"null_{key}"])) for key, value in given.items()}
+        output = self.network(torch.cat([inputs, inputs]), torch.cat([times, times]), **given).sample
+        conditional, null = order(*output[:, :channels].to(scaled.dtype).chunk(2))
+        return null + self.guidance_scale * (conditional - null)
+
+    # Where pipelines put the condition in a batch doubled for guidance; each is its own inverse.
+
+    @staticmethod
+    def _condition_first(conditional: torch.Tensor, null: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return conditional, null
+
+    @staticmethod
+    def _condition_last(conditional: torch.Tensor, null: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return null, conditional
+
+
+def search_pipeline_grid(
+    denoiser: PipelineDenoiser,
+    sigmas: list[float],
+    num_points: int,
+    num_images: int = 64,
+    seed: int = 0,
+    metric: str = "dev",
+    discount: float = 1.15,
+) -> list[float]:
+    """GITS: the best levels for a pipeline between the ends of a grid, see `numerics.gits.search_grid`.
+
+    Args:
+        denoiser: of the pipeline.
+        sigmas: only its ends count; the teacher has 61 levels between them, even in `log sigma`.
+        num_points: levels to keep, both ends among them.
+        num_images: warm-up samples.
+        seed: of their noise and conditions.
+        metric, discount: of the search.
+    """
+    random = BatchRandom(derive_seed(seed, "grid"), 0, num_images, 0, num_images, denoiser.network.device)
+    choice, noise = denoiser.draw(random), random.normal(*denoiser.sample_shape)
+    fine = logsnr_grid(61, min(sigmas[0], sigmas[-1]), max(sigmas[0], sigmas[-1])).tolist()
+    with torch.no_grad():
+        start, denoise = denoiser.start(noise, fine[0]), denoiser.bind(denoiser.conditions(choice))
+        return search_grid(denoise, start, fine, num_points, metric=metric, discount=discount)
 
 
 def _labels_of(network: torch.nn.Module) -> tuple[int | None, int | None]:
