@@ -234,6 +234,33 @@ def verdict(rows: list[dict], budgets: list[int]) -> Iterator[dict]:
         yield row
 
 
+def step_costs(config: dict, shape: tuple[int, ...] = (1, 4, 64, 64), runs: int = 40) -> Iterator[dict]:
+    """Time of one `step` on latents of Stable Diffusion; the smallest of several runs of 6 evaluations each."""
+    linear = as_linear_solver(lambda: SolverRun(Solver("dpmpp", 2), [*logsnr_grid(6, 0.08, 20.0).tolist(), 0.0])).to_dict()
+    schedulers = {
+        "diffusers DPM-Solver++(2M)": diffusers.DPMSolverMultistepScheduler.from_config(config),
+        "diffusers DPM-Solver++(3M)": diffusers.DPMSolverMultistepScheduler.from_config(config, solver_order=3),
+        "iPNDM(3)": IPNDMMultistepScheduler.from_config(config, solver_order=3),
+        "AMED": AMEDScheduler.from_config(config),
+        "AMED dpmpp": AMEDScheduler.from_config(config, student="dpmpp"),
+        "AMED lms": AMEDScheduler.from_config(config, student="lms", linear_solver=linear),
+    }
+    output = torch.randn(shape)
+    best = dict.fromkeys(schedulers, float("inf"))
+    for _ in range(runs):
+        for name, scheduler in schedulers.items():
+            scheduler.set_timesteps(6)
+            x, times = torch.randn(shape), []
+            for timestep in scheduler.timesteps:
+                begin = time.perf_counter()
+                x = scheduler.step(output, timestep, x).prev_sample
+                times.append(time.perf_counter() - begin)
+            best[name] = min(best[name], statistics.mean(times))
+    first = next(iter(best.values()))
+    for name, seconds in best.items():
+        yield {"scheduler": name, "microseconds per step": f"{1e6 * seconds:.0f}", "relative": f"{seconds / first:.2f}"}
+
+
 def show(rows: list[dict], title: str) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print(f"\n## {title}\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
@@ -273,9 +300,13 @@ def main() -> None:
     parser.add_argument("--learned", nargs="*", default=[], help="folders of learned solvers, besides the embedded ones")
     parser.add_argument("--search_peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--search_images", type=int, default=128, help="noise that peers are searched on")
+    parser.add_argument("--step_costs", action="store_true", help="only measure what one `step` costs")
     parser.add_argument("--prompts_file", help="text-to-image: one prompt in each line")
     parser.add_argument("--output_dir", default="benchmark-solvers")
     args = parser.parse_args()
+    if args.step_costs:
+        show(list(step_costs(DDIMScheduler().config)), "cost of `step`, latents 1 x 4 x 64 x 64")
+        return
     folder = check_writable(args.output_dir)
     if args.model == "mixture":
         pipe, denoiser = None, Mixture()

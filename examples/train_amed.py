@@ -34,7 +34,7 @@ from diffusers_fastdiff.training.linear_distillation import (
     best_range,
     follow_linear,
 )
-from diffusers_fastdiff.training.model_card import push_folder, write_model_card
+from diffusers_fastdiff.training.model_card import launch_command, push_folder, write_model_card
 from diffusers_fastdiff.training.pipeline_denoiser import PipelineDenoiser, search_pipeline_grid
 from diffusers_fastdiff.training.randomness import BatchRandom, derive_seed
 from diffusers_fastdiff.training.run import TrainingRun, check_flags, start_processes
@@ -353,7 +353,12 @@ def draw_pictures(args: argparse.Namespace, pipe, ends: dict[str, torch.Tensor],
 
 def save(args: argparse.Namespace, pipe, scheduler: AMEDScheduler, run: TrainingRun, ends: dict[str, torch.Tensor]) -> None:
     errors = {name: float((ends[name] - ends["teacher"]).square().mean().sqrt()) for name in ("learned", "plain")}
-    report = {"held_out": len(ends["teacher"]), "error to the teacher": errors, "steps": args.max_train_steps}
+    report = {
+        "held_out": len(ends["teacher"]),
+        "error to the teacher": errors,
+        "steps": args.max_train_steps,
+        "command": launch_command(),
+    }
     (run.output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     scheduler.save_pretrained(run.output_dir)
     draw_pictures(args, pipe, ends, run.output_dir / "samples" / "teacher-learned-plain.png")

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
+SOLVERS = Path(__file__).parents[1] / "diffusers_fastdiff" / "pretrained" / "solvers"
 
 CARD = """---
 {metadata}
@@ -80,12 +81,99 @@ def card(name: str, facts: dict) -> str:
     )
 
 
+SOLVER_CARD = """---
+{metadata}
+---
+
+# {name}
+
+{description} For {evaluations} evaluations of `{model}` at guidance {guidance}; anything else is refused.
+
+```python
+from diffusers_fastdiff import load_pretrained
+
+pipe = load_pretrained("{model}")
+{attach}
+images = pipe(class_labels=[0, 1, 2, 3], guidance_scale={guidance}, num_inference_steps={evaluations}).images
+```
+
+## How it was made
+
+`{command}`
+
+{steps} optimisation steps on one core, teacher {teacher}.
+
+## Measured
+
+| | error to the reference | Fréchet distance |
+|---|---|---|
+| **{name}** | {own} | {own_distance} |
+| best training-free solver as it comes: {stock_name} | {stock} | {stock_distance} |
+| best training-free solver with searched range and grid: {searched_name} | {searched} | {searched_distance} |
+
+{note}
+
+`python examples/benchmark_solvers.py{flags}`
+
+## Limits
+
+Learned for this model only; another number of evaluations, guidance or model needs another solver.
+
+Licence: Apache-2.0.
+"""
+
+FAMILIES = {
+    "lms": "A learned linear multistep solver: grid, time shifts and history weights, all constants.",
+    "static": "An AMED plug-in for {student} with constant coefficients.",
+    "attached": "An AMED plug-in for {student}: a predictor of 9 thousand parameters sets the coefficients for each sample.",
+}
+
+
+def solver_card(name: str) -> str:
+    config = json.loads((SOLVERS / name / "scheduler_config.json").read_text())
+    report, fitted = json.loads((SOLVERS / name / "report.json").read_text()), config["fitted_to"]
+    guidance, evaluations = fitted["guidance_scale"], fitted["num_inference_steps"]
+    results = json.loads((FOLDER / "results" / f"solvers-{fitted['model_id']}-g{guidance:g}.json").read_text())
+    rows = [row for row in results["rows"] if row["evaluations"] == evaluations]
+    best = lambda *families: min((r for r in rows if r["family"] in families), key=lambda r: r["error"])  # noqa: E731
+    cells = {
+        "own": next(row for row in rows if row["solver"] == name),
+        "stock": best("stock", "ours"),
+        "searched": best("searched"),
+    }
+    values = {key: f"{row['error']:.4f} ± {row['error +-']:.4f}" for key, row in cells.items()}
+    values |= {
+        f"{key}_distance": f"{row['frechet_distance']:.2f} ± {row['frechet_distance +-']:.2f}" for key, row in cells.items()
+    }
+    family = "lms" if config["student"] == "lms" else config["mode"]
+    attach = "load_pretrained({0!r}).attach(pipe)" if family == "attached" else "pipe.scheduler = load_pretrained({0!r})"
+    flags = "" if guidance == 1 else f" --guidance_scale {guidance:g}"
+    return SOLVER_CARD.format(
+        metadata=ModelCardData(
+            license="apache-2.0", library_name="diffusers", tags=["diffusers_fastdiff", "scheduler", config["student"]]
+        ).to_yaml(),
+        name=name, description=FAMILIES[family].format(student=config["student"]), model=fitted["model_id"], guidance=guidance,
+        evaluations=evaluations, attach=attach.format(name), command=report["command"], steps=report["steps"],
+        teacher=fitted["teacher"], stock_name=cells["stock"]["solver"], note=results["note"], flags=flags,
+        searched_name=cells["searched"]["solver"].removeprefix("searched: "), **values,
+    )  # fmt: skip
+
+
+def cards() -> dict[str, str]:
+    """Text of every card by name."""
+    facts = {}
+    for path in sorted(FOLDER.glob("models*.json")):
+        facts |= json.loads(path.read_text())
+    texts = {name: card(name, facts[name]) for name in facts}
+    return texts | {path.parent.name: solver_card(path.parent.name) for path in sorted(SOLVERS.glob("*/report.json"))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a card differs from the measurements")
     args = parser.parse_args()
-    for name, facts in json.loads((FOLDER / "models.json").read_text()).items():
-        path, text = FOLDER / f"{name}.md", card(name, facts)
+    for name, text in cards().items():
+        path = FOLDER / f"{name}.md"
         if not args.check:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:

@@ -59,7 +59,7 @@ def open_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
         return DiffusionPipeline.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The model {name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded as a folder or from the Hub: "
+            f"The model {name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded from a folder or the Hub: "
             f"{error}"
         ) from error
 

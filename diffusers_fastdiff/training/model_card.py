@@ -1,5 +1,6 @@
 """Model cards of trained pipelines, and their upload."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ _TEMPLATE = """---
 """
 
 
+def launch_command() -> str:
+    """How this script was started, as its reader would start it."""
+    script, *flags = sys.argv
+    return shlex.join(["accelerate", "launch", f"examples/{Path(script).name}", *flags])
+
+
 def write_model_card(
     folder: str | Path, title: str, description: str, usage: str, facts: dict[str, Any], tags: list[str]
 ) -> None:
@@ -50,7 +57,7 @@ def write_model_card(
         description=description,
         usage=usage,
         table="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        command=" ".join(["accelerate launch", *sys.argv]),
+        command=launch_command(),
     )
     ModelCard(card).save(Path(folder) / "README.md")
 
