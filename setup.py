@@ -9,9 +9,12 @@ ROOT = Path(__file__).parent
 
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=3.0", "peft>=0.17", "scikit-learn>=1.3", "tensorboard>=2.15"],
-    "eval": ["matplotlib>=3.8", "scikit-learn>=1.3"],
-}
-EXTRAS["test"] = [*EXTRAS["train"], *EXTRAS["eval"], "pytest>=8.0"]
+    "eval": [
+        "accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.3", "scipy>=1.11", "torchdiffeq>=0.2.4",
+        "transformers>=4.50",
+    ],
+}  # fmt: skip
+EXTRAS["test"] = [*EXTRAS["train"], *EXTRAS["eval"], "pytest>=8.0", "torchmetrics>=1.4"]
 EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.0", "ruff>=0.8"]
 
 setup(
@@ -23,7 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["diffusers_fastdiff*"]),
-    package_data={"diffusers_fastdiff": ["pretrained/*/*.json", "pretrained/*/*/*", "evaluation/*.safetensors"]},
+    package_data={"diffusers_fastdiff": ["pretrained/*/*.json", "pretrained/*/*/*", "pretrained/*/*/*/*", "evaluation/*.safetensors"]},
     install_requires=[
         "diffusers>=0.38",
         "huggingface_hub>=0.34",

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import check_writable
+from .evaluation.command import add_evaluate
 from .hooks.fixed_point_sampling import FixedPointSamplingConfig, apply_fixed_point_sampling
 from .pictures import labelled_grid
 from .pretrained import available_pretrained, open_pipeline
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_sample(commands)
     _add_convert(commands)
     _add_search_grid(commands)
+    add_evaluate(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -3,7 +3,8 @@
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ..numerics.noise_levels import NoiseModel
+from ..numerics.noise_levels import DiscreteNoiseLevels, NoiseModel
+from .model_config import make_betas, make_levels, make_model
 from .run_index import RunIndex
 from .solver_driver import SolverDriver
 
@@ -12,10 +13,22 @@ class DrivenSchedulerMixin:
     """To be inherited beside `SchedulerMixin` and `ConfigMixin`. Subclasses set `_model` and call `_begin_run`."""
 
     _model: NoiseModel
+    _levels: DiscreteNoiseLevels
     _driver: SolverDriver | None = None
     timesteps: torch.Tensor
     sigmas: torch.Tensor
     num_inference_steps: int | None = None
+
+    def _set_up_table(self) -> None:
+        """Model and attributes of a scheduler whose config has a table of timesteps."""
+        betas = make_betas(self.config)
+        self._levels = make_levels(betas)
+        self._model = make_model(self.config, self._levels)
+        self.betas, self.alphas_cumprod = betas.float(), self._levels.alphas_cumprod.float()
+        self.init_noise_sigma = float(self._model.initial_scale(self._model.sigma_range[1]))
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
+        self.sigmas = torch.cat([self._levels.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
+        self._index = RunIndex()
 
     def _begin_run(self, driver: SolverDriver, device: str | torch.device | None) -> None:
         self._driver, self._index = driver, RunIndex()

@@ -6,6 +6,7 @@ Config entries have the names of diffusers, so that `from_config` of its schedul
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ..numerics.gaussian_diffusion import rescale_zero_terminal_snr
 from ..numerics.noise_levels import (
@@ -19,6 +20,8 @@ from ..numerics.parametrization import PREDICTION_TYPES
 from ..numerics.preconditioning import Preconditioning
 from ..numerics.sigma_grids import check_grid, make_grid
 
+# DPMSolverSDEScheduler raises without torchsde, which would make `scheduler.compatibles` unusable.
+COMPATIBLES = [entry.name for entry in KarrasDiffusionSchedulers if entry.name != "DPMSolverSDEScheduler"]
 SPACINGS = ("linspace", "leading", "trailing")
 
 
@@ -37,16 +40,14 @@ _PRECONDITIONING = {
 
 
 def with_model_family(config: Any) -> Any:
-    """Configs of flow-matching and EDM schedulers do not say what the model predicts; their entries or class name do."""
+    """Configs of flow-matching and EDM schedulers do not say what the model predicts; their entries do."""
     if not isinstance(config, dict):
         return config
-    name = str(config.get("_class_name", ""))
     if "shift" in config and "prediction_type" not in config:  # only flow-matching schedulers have the one without the other
         return {**config, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
-    if name.startswith("FDM"):
-        kind = name.removeprefix("FDM").removesuffix("Scheduler").lower()
+    if "_formulation" in config:  # of an FDM scheduler
         numbers = {own: config[theirs] for theirs, own in _PRECONDITIONING.items() if theirs in config}
-        return {**config, "preconditioning": {"kind": kind, **numbers}}
+        return {**config, "preconditioning": {"kind": config["_formulation"], **numbers}}
     return config
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..hooks.denoiser_tap import DenoiserTap
 from ..models.amed_predictor import FEATURE_SIZE, AMEDPredictor
@@ -22,8 +22,7 @@ from ..numerics.sigma_grids import check_grid
 from ..numerics.solver_methods import AMEDCoefficients, Solver
 from ..numerics.solvers import SolverRun
 from .driven import DrivenSchedulerMixin
-from .model_config import with_model_family, make_betas, make_levels, make_model, make_sigmas
-from .run_index import RunIndex
+from .model_config import COMPATIBLES, make_sigmas, with_model_family
 from .solver_driver import SolverDriver
 
 STUDENTS = ("amed", "dpm2", "dpmpp", "euler", "ipndm", "lms")
@@ -58,7 +57,7 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
             "model_id", "model_revision", "teacher". None for a solver that was not learned.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles = COMPATIBLES
     order = 1
 
     @register_to_config
@@ -105,17 +104,9 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
             raise ValueError("`linear_solver` belongs to `student='lms'`, which needs it: give both or neither.")
         if student == "lms" and mode == "attached":
             raise ValueError("`student='lms'` has no attached mode.")
-        betas = make_betas(self.config)
-        self._levels = make_levels(betas)
-        self._model = make_model(self.config, self._levels)
-        self.betas, self.alphas_cumprod = betas.float(), self._levels.alphas_cumprod.float()
-        self.init_noise_sigma = float(self._model.initial_scale(self._model.sigma_range[1]))
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self.sigmas = torch.cat([self._levels.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
+        self._set_up_table()
         self.predictor: AMEDPredictor | None = None
         self._tap: DenoiserTap | None = None
-        self._index = RunIndex()
         self._check_coefficients()
         if linear_solver is not None:
             self._linear_solver = LinearSolver(**linear_solver)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..numerics.solver_methods import Solver
 from ..numerics.solvers import SolverRun
 from .driven import DrivenSchedulerMixin
-from .model_config import with_model_family, custom_grid, make_betas, make_levels, make_model, make_sigmas
-from .run_index import RunIndex
+from .model_config import COMPATIBLES, custom_grid, make_sigmas, with_model_family
 from .solver_driver import SolverDriver
 
 
@@ -47,7 +46,7 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         use_dynamic_shifting: take the shift of flow models from `mu` in `set_timesteps`.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles = COMPATIBLES
     order = 1
 
     @register_to_config
@@ -78,17 +77,9 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         use_dynamic_shifting: bool = False,
     ):
         self._solver = Solver("ipndm_v" if variable_step else "ipndm", solver_order)
-        betas = make_betas(self.config)
-        self._levels = make_levels(betas)
-        self._model = make_model(self.config, self._levels)
-        self.betas, self.alphas_cumprod = betas.float(), self._levels.alphas_cumprod.float()
-        self.init_noise_sigma = 1.0
+        self._set_up_table()
         if sigmas is not None:
             custom_grid(sigmas, None, self.config, self._model, self._levels)
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self.sigmas = torch.cat([self._levels.sigma(self.timesteps.double()), torch.zeros(1, dtype=torch.float64)])
-        self._index = RunIndex()
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, **kwargs):

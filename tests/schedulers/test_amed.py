@@ -417,3 +417,15 @@ def test_pipelines_of_stock_dits():
     assert isinstance(pipe, DiTPipeline)
     pipe.scheduler = static(pipe, "dpmpp", skips=True)
     assert tiny.draw(pipe, 5).shape[0] == 2
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_static_steps_read_nothing_from_the_device(student):
+    """Tensors on "meta" have no contents, so that whatever asks for them fails."""
+    scheduler = static(tiny.dit(), student)
+    scheduler.set_timesteps(evaluations(scheduler), device="meta")
+    scheduler.set_begin_index(0)
+    x = torch.empty(2, 2, 4, 4, device="meta")
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x).prev_sample
+    assert x.device.type == "meta"

@@ -218,3 +218,14 @@ def test_not_the_scheduler_of_diffusers():
     ours = IPNDMMultistepScheduler.from_config(DDIMScheduler().config)
     ours.set_timesteps(5)
     assert not torch.allclose(theirs.timesteps.double(), ours.timesteps.double(), atol=1)
+
+
+def test_steps_read_nothing_from_the_device():
+    """Tensors on "meta" have no contents, so that whatever asks for them fails."""
+    scheduler = IPNDMMultistepScheduler(variable_step=True)
+    scheduler.set_timesteps(5, device="meta")
+    scheduler.set_begin_index(0)
+    x = torch.empty(2, 2, 4, 4, device="meta")
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x).prev_sample
+    assert x.device.type == "meta"
