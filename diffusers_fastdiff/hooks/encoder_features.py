@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from diffusers.hooks import ModelHook
 
+from ..numerics.propagation import forecast_weights
 from .attachment import attach_hook, detach_hook
 from .encoder_cut import EncoderCut
-from .offloading import beneath_offloading
 
 OFF, RECORD, REPLAY = "off", "record", "replay"
 
@@ -63,7 +63,7 @@ class EncoderFeatures:
 
     def __init__(self, cut: EncoderCut, depth: int):
         self._cut, self._depth = cut, depth
-        self._modules = [*cut.stored, *([] if cut.resumed is None else [cut.resumed])]
+        self._modules = [*cut.encoder_modules, *([] if cut.resumed is None else [cut.resumed])]
         self.mode = OFF
         self.num_rows = 0
         """Rows of the batch at the key step."""
@@ -77,24 +77,23 @@ class EncoderFeatures:
 
     def attach(self, name: str) -> None:
         """Hook the modules of the cut."""
-        hooks: list[tuple[torch.nn.Module, ModelHook]] = [(module, _SkippedHook(self)) for module in self._cut.skipped]
         for index, module in enumerate(self._modules):
             is_resumed = module is self._cut.resumed
-            hooks.append((module, _ResumedHook(self, index) if is_resumed else _StoredHook(self, index)))
-        for module, hook in hooks:
-            with beneath_offloading(module):
-                attach_hook(module, hook, name)
+            attach_hook(module, _ResumedHook(self, index) if is_resumed else _EncoderHook(self, index), name)
 
     def detach(self, name: str) -> None:
         """Undo `attach`."""
-        for module in (*self._cut.skipped, *self._modules):
-            with beneath_offloading(module):
-                detach_hook(module, name)
+        for module in self._modules:
+            detach_hook(module, name)
 
     def clear(self) -> None:
         """Forget everything."""
         self.mode, self.num_steps, self.key_steps = OFF, 1, []
         self._recordings, self._current, self._ready = [], {}, {}
+
+    def newest(self) -> list[torch.Tensor]:
+        """Everything stored at the last key step."""
+        return [tensor for recording in self._recordings[0].values() for tensor in recording.tensors]
 
     def nbytes(self) -> int:
         """Memory of what is stored."""
@@ -122,6 +121,8 @@ class EncoderFeatures:
         self.mode, self.num_steps = REPLAY, len(steps)
         weights = [forecast_weights(self.key_steps, step) for step in steps]
         for index, newest in self._recordings[0].items():
+            if not all(index in recordings for recordings in self._recordings):
+                continue  # somebody began to listen to this module in mid-run
             past = [recordings[index].tensors for recordings in self._recordings]
             tensors = [_forecast([tensors[place] for tensors in past], weights) for place in range(len(newest.tensors))]
             self._ready[index] = newest.rebuild(tensors)
@@ -133,6 +134,15 @@ class EncoderFeatures:
     def resumed_feature(self) -> torch.Tensor:
         """What the first module of the decoder is going to get."""
         return self._ready[len(self._modules) - 1]
+
+    def is_read(self, module: torch.nn.Module) -> bool:
+        """Whether the decoder reads the output of an encoder module, or somebody listens to it (as a learned solver does to
+        the bottleneck): then it is stored, for a module that is skipped has no other answer."""
+        return module in self._cut.stored or bool(module._forward_hooks)
+
+    def has(self, index: int) -> bool:
+        """Whether the output of a module was stored at the key step."""
+        return index in self._ready
 
     def first_rows(self, arguments: Any) -> Any:
         """Of arguments that hold each row once for every step of the present call, those of the key step."""
@@ -158,31 +168,22 @@ class EncoderFeatures:
         return self._ready[index]
 
 
-class _SkippedHook(ModelHook):
-    def __init__(self, features: EncoderFeatures):
-        super().__init__()
-        self.features = features
-
-    def new_forward(self, module: torch.nn.Module, *args, **kwargs):
-        if self.features.mode == REPLAY:
-            return args[0] if args else next(iter(kwargs.values()))
-        if self.features.mode == RECORD:
-            args, kwargs = self.features.first_rows(args), self.features.first_rows(kwargs)
-        return self.fn_ref.original_forward(*args, **kwargs)
-
-
-class _StoredHook(ModelHook):
+class _EncoderHook(ModelHook):
     def __init__(self, features: EncoderFeatures, index: int):
         super().__init__()
         self.features, self.index = features, index
 
     def new_forward(self, module: torch.nn.Module, *args, **kwargs):
-        if self.features.mode == REPLAY:
-            return self.features.recall(self.index)
-        if self.features.mode == OFF:
+        features = self.features
+        if features.mode == OFF:
             return self.fn_ref.original_forward(*args, **kwargs)
-        args, kwargs = self.features.first_rows(args), self.features.first_rows(kwargs)
-        return self.features.record(self.index, self.fn_ref.original_forward(*args, **kwargs))
+        if features.mode == REPLAY:
+            if features.has(self.index):
+                return features.recall(self.index)
+            return args[0] if args else next(iter(kwargs.values()))
+        args, kwargs = features.first_rows(args), features.first_rows(kwargs)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        return features.record(self.index, output) if features.is_read(module) else output
 
 
 class _ResumedHook(ModelHook):
@@ -202,18 +203,6 @@ class _ResumedHook(ModelHook):
         if args:
             return self.fn_ref.original_forward(feature, *args[1:], **kwargs)
         return self.fn_ref.original_forward(**(kwargs | {name: feature}))
-
-
-def forecast_weights(key_steps: Sequence[int], step: int) -> list[float]:
-    """Weights of the features of `key_steps` in the polynomial through them, at `step`; together 1. With one: hold."""
-    weights = []
-    for key in key_steps:
-        weight = 1.0
-        for other in key_steps:
-            if other != key:
-                weight *= (step - other) / (key - other)
-        weights.append(weight)
-    return weights
 
 
 def _forecast(past: Sequence[torch.Tensor], weights: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -9,6 +9,11 @@ Differences from the published programs, all on purpose:
   steps at once, and drop the text-time and class embeddings of U-Nets), so batched and serial decoding agree;
 * noise injection is off unless asked for, and then happens at every step below its threshold, after the sampler's update;
 * sampling noise is drawn by the scheduler, once for each step, and guidance may be off.
+
+The parts, each in a file of its own: `key_steps` says when the encoder runs (`faster_diffusion_calibration` measures the best
+steps), `encoder_cut` where it ends, `encoder_features` keeps what it hands on, `key_step_run` follows the run, `step_batch`
+decodes several steps at once, `key_step_controlnet` does the same for a ControlNet, `noise_injection` is the published option,
+`faster_diffusion_summary` counts.
 """
 
 import inspect
@@ -18,8 +23,10 @@ from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
+from diffusers.utils import logging
 
 from .attachment import attach_hook, detach_hook
+from .denoiser_tap import DenoiserTap
 from .encoder_cut import EncoderCut, encoder_cut
 from .encoder_features import EncoderFeatures, map_tensors
 from .faster_diffusion_summary import FasterDiffusionSummary, summarize
@@ -28,8 +35,9 @@ from .key_step_controlnet import KeyStepControlNetHook
 from .key_step_run import KeyStep, KeyStepRun
 from .key_steps import KeySchedule, check_key_steps, read_preset, resolve_key_steps
 from .noise_injection import NoiseInjection
-from .offloading import beneath_offloading
 from .step_batch import StepBatch
+
+logger = logging.get_logger(__name__)
 
 HOOK_NAME = "faster_diffusion"
 PROPAGATIONS = {"hold": 1, "linear": 2, "taylor": 3}
@@ -113,6 +121,8 @@ class FasterDiffusionHook(ModelHook):
         """What each model call of the current or last run did: "key", "decode", or "buffer" (no compute at all)."""
         self.example: dict[str, Any] | None = None
         """Arguments of the last key step without their data, for `summary`."""
+        self.observer: Callable[[list[torch.Tensor]], None] | None = None
+        """Called with the stored features after each key step, by the calibration."""
         self.is_transparent = False
         """Let calls through untouched."""
         names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -171,14 +181,12 @@ class FasterDiffusionHook(ModelHook):
 
     def attach(self, controlnet: torch.nn.Module | None, source: Any) -> None:
         """Hook everything."""
-        with beneath_offloading(self.model):
-            attach_hook(self.model, self, HOOK_NAME)
+        attach_hook(self.model, self, HOOK_NAME)
         self.features.attach(HOOK_NAME)
         if controlnet is not None:
             self.controlnet_hook = KeyStepControlNetHook(KeyStepRun(source, self.config.key_steps_of))
             self.controlnet = controlnet
-            with beneath_offloading(controlnet):
-                attach_hook(controlnet, self.controlnet_hook, HOOK_NAME)
+            attach_hook(controlnet, self.controlnet_hook, HOOK_NAME)
 
     def detach(self) -> None:
         """Undo `attach`, leaving no trace."""
@@ -187,16 +195,26 @@ class FasterDiffusionHook(ModelHook):
         self.features.detach(HOOK_NAME)
         for module in (self.model, self.controlnet):
             if module is not None:
-                with beneath_offloading(module):
-                    detach_hook(module, HOOK_NAME)
+                detach_hook(module, HOOK_NAME)
 
     def _begin_run(self) -> None:
         self._clear()
         self.steps_computed = []
-        if any(isinstance(hook, FixedPointSamplingHook) for hook in self.model._diffusers_hook.hooks.values()):
+        others = self.model._diffusers_hook.hooks.values()
+        if any(isinstance(hook, FixedPointSamplingHook) for hook in others):
             raise ValueError(
                 "Faster Diffusion and `apply_fixed_point_sampling` cannot rule the same model: at steps without iterations "
                 "there is nothing to budget. Remove one of them."
+            )
+        if self.config.batched and any(isinstance(hook, DenoiserTap) for hook in others):
+            raise ValueError(
+                "`batched` does not work with a learned solver that looks at the bottleneck at every step. Set `batched` to "
+                "False, or use the solver's static mode."
+            )
+        if self.config.every != 1 and 1 < len(self.run.keys) == self.run.num_steps:
+            logger.warning(
+                f"All {self.run.num_steps} steps of this run are key steps, so nothing is saved: the schedule is too dense for "
+                "so few. Use `every`, or calibrate for this number of steps."
             )
         if self.config.noise_injection:
             self.injection.attach(self.run.scheduler)  # the scheduler may have been swapped since the last run
@@ -221,6 +239,8 @@ class FasterDiffusionHook(ModelHook):
         self.features.begin_recording(num_rows, count)
         output = self._call(step, arguments, count, self._conditions(arguments))
         self.features.end_recording(step.index)
+        if self.observer is not None:
+            self.observer(self.features.newest())
         self.feature_bytes = max(self.feature_bytes, self.features.nbytes())
         return output
 

@@ -7,8 +7,8 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from .attachment import beneath_offloading
 from .encoder_features import map_tensors
-from .offloading import beneath_offloading
 
 if TYPE_CHECKING:
     from .faster_diffusion import FasterDiffusionHook
@@ -33,7 +33,7 @@ class FasterDiffusionSummary:
     encoder_share: float
     """Share of them in the encoder."""
     feature_bytes: int
-    """Memory of the stored features."""
+    """Memory of the stored features: all that is kept beyond what the pipeline keeps itself."""
     most_steps_decoded: int
     """Largest number of steps in one call; the decoder's activations and a copy of the features grow by that factor."""
 
@@ -46,8 +46,9 @@ class FasterDiffusionSummary:
     def __str__(self) -> str:
         first, last = self.encoder_modules[0], self.encoder_modules[-1]
         where = first if first == last else f"{first} ... {last} ({len(self.encoder_modules)} modules)"
+        controlnet = " and its ControlNet (at key steps, its operations are not counted)" if self.has_controlnet else ""
         lines = [
-            f"Faster Diffusion on {self.model}{' and its ControlNet' if self.has_controlnet else ''}",
+            f"Faster Diffusion on {self.model}{controlnet}",
             f"  encoder: {where}, {self.encoder_share:.1%} of {self.operations / 1e9:.4g} GFLOP for a call",
             f"  key steps: {len(self.key_steps)} of {self.num_steps}: {_ranges(self.key_steps)}",
             f"  expected compute: {self.compute_share:.1%} of the plain run ({1 / self.compute_share:.2f}x)",

@@ -61,6 +61,14 @@ class AMEDPredictor(ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.time_layer.weight)
 
+    @torch.no_grad()
+    def initialize_neutral(self) -> None:
+        """Begin as the plain solver: r = 1/2 and scales 1 for every sample, so that learning can only improve on it."""
+        for head in (self.r_head, self.scale_dir_head, self.scale_time_head):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
     def forward(self, features: torch.Tensor, sigma: float, sigma_next: float) -> AMEDCoefficients:
         """Coefficients of the interval from `sigma` to `sigma_next`.
 

@@ -4,7 +4,11 @@
   and labelled in others, which trains neither the conditional nor the unconditional model.
 * Models with fewer than 1000 classes work under guidance in `DiTPipeline`, which writes 1000 for "no class".
 * The frequencies of the timestep embedding can be those of the original, which converted weights need.
+
+Encoder propagation (Faster Diffusion, arXiv 2312.09608) can be switched on from the model itself.
 """
+
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -75,6 +79,32 @@ class FasterDiffusionDiTTransformer2DModel(DiTTransformer2DModel):
     def null_label(self) -> int:
         """Label of "no class"."""
         return self.config.num_embeds_ada_norm
+
+    def enable_faster_diffusion(self, source: Any, config: Any = None, **options: Any) -> Any:
+        """Run the first blocks at key steps only, see [`apply_faster_diffusion`].
+
+        Args:
+            source: the pipeline this model is in, or the scheduler of your own loop.
+            config: a [`FasterDiffusionConfig`]; or give its fields as `options`, by default `key_steps="dit-250"` as published.
+
+        Returns:
+            The hook, whose `summary()` says what it does.
+
+        Raises:
+            ValueError: if both `config` and `options` are given, or one is out of range.
+        """
+        from diffusers_fastdiff import FasterDiffusionConfig, apply_faster_diffusion  # hooks are built on models
+
+        if config is not None and options:
+            raise ValueError(f"Give either `config` or its fields, not both; got the fields {sorted(options)}.")
+        config = config or FasterDiffusionConfig(**(options or {"key_steps": "dit-250"}))
+        return apply_faster_diffusion(self, config, scheduler=source)
+
+    def disable_faster_diffusion(self) -> None:
+        """Undo `enable_faster_diffusion`; does nothing where it was not called."""
+        from diffusers_fastdiff import remove_faster_diffusion
+
+        remove_faster_diffusion(self)
 
     def forward(
         self,

@@ -33,7 +33,7 @@ UNET = {
 
 
 def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(clip_sample=False, timestep_spacing="linspace")
+    return DDIMScheduler(clip_sample=False, timestep_spacing="linspace", steps_offset=1)
 
 
 def conditional_unet(seed: int = 0, **overrides) -> UNet2DConditionModel:
@@ -155,20 +155,37 @@ def quiet(pipe):
 
 
 def draw(pipe, steps: int = 8, seed: int = 0, **options) -> torch.Tensor:
-    """Images or latents of any of these pipelines, as a tensor."""
+    """Latents of any of these pipelines."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # DiTPipeline hands no generator to the scheduler
     if isinstance(pipe, DiTPipeline):
-        # The pipeline clips what it returns, so the input of its decoder is caught.
-        caught = []
-        handle = pipe.vae.register_forward_pre_hook(lambda *_: None)
-        decode = pipe.vae.decode
+        caught, decode = [], pipe.vae.decode  # the pipeline clips what it returns
         pipe.vae.decode = lambda z, *args, **kwargs: caught.append(z) or decode(z, *args, **kwargs)
         try:
             labels = options.pop("labels", (1, 2))
             pipe(list(labels), **({"guidance_scale": 2.0} | options), num_inference_steps=steps, generator=generator)
         finally:
-            handle.remove()
             del pipe.vae.decode
         return caught[0]
-    call = {"prompt": ["a b", "c"], "guidance_scale": 3.0, "output_type": "latent"} | options
+    text = {"prompt": ["a b", "c"], "guidance_scale": 3.0, "output_type": "latent"}
+    call = ({} if "class_labels" in options else text) | INPUTS.get(type(pipe), {}) | options
     return pipe(**call, num_inference_steps=steps, generator=generator).images
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(7))
+
+
+INPUTS = {
+    StableDiffusionImg2ImgPipeline: {"image": image(2, 3, 16, 16), "strength": 0.75},
+    StableDiffusionControlNetPipeline: {"image": image(2, 3, 16, 16)},
+    StableDiffusionAdapterPipeline: {"image": image(2, 3, 16, 16)},
+}
+PIPELINES = {
+    "dit": lambda folder: dit(),
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "img2img": image_to_image,
+    "controlnet": controlled,
+    "adapter": adapted,
+}
