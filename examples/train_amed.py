@@ -71,6 +71,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--lower_order_final", action=argparse.BooleanOptionalAction, default=True, help="dpmpp")
     group.add_argument("--scale_dir", type=float, default=0.01, help="half-width of the direction scale, 0 for none")
     group.add_argument("--scale_time", type=float, default=0.2, help="half-width of the time scale, 0 for none")
+    group.add_argument(
+        "--initialization", choices=["neutral", "published"], default="neutral", help="begin as the plain solver, or at random"
+    )
     group.add_argument("--static", action="store_true", help="learn constants: the predictor sees nothing of the sample")
     group.add_argument("--export_static", action="store_true", help="also write mean constants of the predictor, to static/")
     group.add_argument("--ingredients", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS), help="lms: what is learned")
@@ -198,6 +201,8 @@ def learn_amed(args: argparse.Namespace, pipe, denoiser: PipelineDenoiser, state
     task = AMEDTask(args, pipe, AMEDScheduler.from_config(pipe.scheduler.config, **options, **grid), denoiser)
     denoiser.watch_bottleneck()
     predictor = AMEDPredictor(scale_dir=args.scale_dir, scale_time=args.scale_time)
+    if args.initialization == "neutral":
+        predictor.initialize_neutral()
     run = TrainingRun(args, predictor)
     for step in run.steps():
         rounds = []

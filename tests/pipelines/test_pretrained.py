@@ -1,14 +1,19 @@
 """The embedded digits pipelines: they load, draw what they are asked for, and have not learned the data by heart."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 
+import diffusers_fastdiff
 from diffusers_fastdiff import load_pretrained
 from diffusers_fastdiff.evaluation.digits import evaluate_digits, load_digits_classifier
-from diffusers_fastdiff.pretrained import available_pretrained
+from diffusers_fastdiff.pretrained import available_pretrained, available_solvers
 from diffusers_fastdiff.training.data import DigitsDataset
 
+REPORTS = Path(diffusers_fastdiff.__file__).parent / "pretrained" / "solvers"
 DIGITS = ["digits-dit", "digits-dit-deep", "digits-fpdm"]
 
 
@@ -73,3 +78,28 @@ def test_classifier_reads_real_digits():
     with torch.no_grad():
         accuracy = (load_digits_classifier()(data.images).argmax(1) == data.labels).double().mean()
     assert accuracy > 0.99
+
+
+@pytest.mark.parametrize("name", available_solvers())
+def test_learned_solvers_come_near_a_slow_one(name):
+    scheduler = load_pretrained(name)
+    fitted, report = scheduler.config.fitted_to, REPORTS / name / "report.json"
+    pipe = load_pretrained(fitted["model_id"])
+    pipe.set_progress_bar_config(disable=True)
+    ends = []
+    for solver, steps in ((scheduler, fitted["num_inference_steps"]), (slow_solver(pipe), 60)):
+        if solver.config.get("mode") == "attached":
+            solver.attach(pipe)
+        pipe.scheduler = solver
+        generator = torch.Generator().manual_seed(1)
+        labels = [k % 10 for k in range(40)]
+        options = {"guidance_scale": fitted["guidance_scale"], "num_inference_steps": steps, "output_type": "np"}
+        ends.append(torch.from_numpy(pipe(labels, generator=generator, **options).images) * 2 - 1)
+        if solver.config.get("mode") == "attached":
+            solver.detach()
+    error = float((ends[0] - ends[1]).square().mean().sqrt())
+    assert error < 1.5 * json.loads(report.read_text())["error to the teacher"]["learned"]
+
+
+def slow_solver(pipe) -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_lu_lambdas=True, solver_order=2)

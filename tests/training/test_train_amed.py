@@ -71,7 +71,7 @@ def numbers(folder: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--student=amed", "--export_static"],
+        ["--student=amed", "--export_static", "--initialization=published"],
         ["--student=dpm2", "--nfe=4", "--teacher=dpm2", "--scale_time=0"],
         ["--student=dpmpp", "--solver_order=3", "--teacher=dpmpp", "--no-predict_x0", "--no-lower_order_final"],
         ["--student=euler", "--static", "--guidance_scale=2", "--sigma_schedule=logsnr", "--sigma_max=20"],
@@ -97,6 +97,13 @@ def test_every_student_is_learned_and_runs_in_the_pipeline(train, flags):
         assert constants.config.mode == "static"
     if "--static" in flags:
         assert scheduler.config.mode == "static"
+
+
+@pytest.mark.parametrize("student", ["amed", "ipndm", "dpmpp"])
+def test_a_solver_that_has_not_learned_is_the_plain_one(train, student):
+    """A learning rate of next to nothing."""
+    found = errors(train(f"--student={student}", "--learning_rate=1e-12"))
+    assert found["learned"] == pytest.approx(found["plain"], rel=1e-5)
 
 
 @pytest.mark.parametrize("student", ["ipndm", "lms"])
