@@ -26,7 +26,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["diffusers_fastdiff*"]),
-    package_data={"diffusers_fastdiff": ["pretrained/*/*.json", "pretrained/*/*/*", "pretrained/*/*/*/*", "evaluation/*.safetensors"]},
+    package_data={
+        "diffusers_fastdiff": ["pretrained/*/*.json", "pretrained/*/*/*", "pretrained/*/*/*/*", "evaluation/*.safetensors"]
+    },
     install_requires=[
         "diffusers>=0.38",
         "huggingface_hub>=0.34",

@@ -74,6 +74,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--initialization", choices=["neutral", "published"], default="neutral", help="begin as the plain solver, or at random"
     )
+    group.add_argument(
+        "--objective", choices=["interval", "end"], default="interval",
+        help="AMED: what is brought near the teacher: every interval by itself, as published, or the end of the run",
+    )  # fmt: skip
     group.add_argument("--static", action="store_true", help="learn constants: the predictor sees nothing of the sample")
     group.add_argument("--export_static", action="store_true", help="also write mean constants of the predictor, to static/")
     group.add_argument("--ingredients", nargs="+", choices=INGREDIENTS, default=list(INGREDIENTS), help="lms: what is learned")
@@ -192,7 +196,7 @@ class AMEDTask:
 
 
 def learn_amed(args: argparse.Namespace, pipe, denoiser: PipelineDenoiser, state: PartialState):
-    """Interval by interval, one optimisation step for each (algorithm 1)."""
+    """A predictor of the coefficients, or constants."""
     options = {
         "student": args.student, "solver_order": args.solver_order, "data_prediction": args.predict_x0,
         "lower_order_final": args.lower_order_final, "analytical_first_step": args.analytical_first_step,
@@ -205,22 +209,7 @@ def learn_amed(args: argparse.Namespace, pipe, denoiser: PipelineDenoiser, state
         predictor.initialize_neutral()
     run = TrainingRun(args, predictor)
     for step in run.steps():
-        rounds = []
-        for _, random in run.micro_batches(step):
-            choice, noise = denoiser.draw(random), random.normal(*denoiser.sample_shape)
-            denoise, start, targets = task.trajectory(choice, noise)
-            coefficients = task.coefficients(run.model, len(noise))
-            rounds.append(student_intervals(denoise, start, task.grid, task.student, coefficients, targets, task.skips))
-        for interval in range(len(task.grid) - 1):
-            for number, results in enumerate(rounds):
-                with run.gradient_round(number):
-                    run.backward(next(results).squared_error.mean())
-            for parameter in predictor.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.nan_to_num_()
-            if interval < len(task.grid) - 2:
-                run.take_step()
-        run.update(step)
+        (by_interval if args.objective == "interval" else by_end)(task, run, step)
 
     with run.averaged_weights():
         ends = task.ends(predictor, *held_out(args, denoiser))
@@ -236,6 +225,43 @@ def learn_amed(args: argparse.Namespace, pipe, denoiser: PipelineDenoiser, state
                 constants = mean_coefficients(task, predictor, *held_out(args, denoiser))
                 make(coefficients=constants).save_pretrained(run.output_dir / "static")
     return scheduler, run, ends
+
+
+def by_interval(task: AMEDTask, run: TrainingRun, step: int) -> None:
+    """As published: an optimisation step for each interval, on its squared error to the teacher."""
+    rounds = []
+    for _, random in run.micro_batches(step):
+        choice, noise = task.denoiser.draw(random), random.normal(*task.denoiser.sample_shape)
+        denoise, start, targets = task.trajectory(choice, noise)
+        coefficients = task.coefficients(run.model, len(noise))
+        rounds.append(student_intervals(denoise, start, task.grid, task.student, coefficients, targets, task.skips))
+    for interval in range(len(task.grid) - 1):
+        for number, results in enumerate(rounds):
+            with run.gradient_round(number):
+                run.backward(next(results).squared_error.mean())
+        keep_numbers(run.bare_model)
+        if interval < len(task.grid) - 2:
+            run.take_step()
+    run.update(step)
+
+
+def by_end(task: AMEDTask, run: TrainingRun, step: int) -> None:
+    """One optimisation step on the squared error of the end point, through all intervals."""
+    for _, random in run.micro_batches(step):
+        choice, noise = task.denoiser.draw(random), random.normal(*task.denoiser.sample_shape)
+        denoise, start, targets = task.trajectory(choice, noise)
+        coefficients = task.coefficients(run.model, len(noise))
+        end = solve(denoise, start, task.grid, task.student, coefficients, task.skips)
+        run.backward((end - targets[-1]).square().mean())
+    keep_numbers(run.bare_model)
+    run.update(step)
+
+
+def keep_numbers(model: torch.nn.Module) -> None:
+    """Zero what is not a number in the gradients, as published."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.nan_to_num_()
 
 
 def as_lists(coefficients: list[AMEDCoefficients]) -> list[list[float]]:

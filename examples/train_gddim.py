@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--model_channels", type=int, default=32, help="unit of width; this and the next four without preset")
     group.add_argument("--channel_mult", type=int, nargs="+", default=[1, 2], help="width of each resolution in that unit")
     group.add_argument("--layers_per_block", type=int, default=1)
-    group.add_argument("--attention_resolutions", type=int, nargs="*", default=[4])
+    group.add_argument("--attention_resolutions", type=int, nargs="*", help="by default the lowest one")
     group.add_argument("--dropout", type=float, default=0.0)
     group.add_argument("--class_dropout_prob", type=float, default=0.1, help="chance that a sample loses its label")
     group.add_argument("--pretrained_model_name_or_path", help="pipeline whose network to go on training")
@@ -103,8 +103,10 @@ def build_model(args: argparse.Namespace, info: DataInfo, block: int) -> EDMUNet
     if args.preset is not None:
         model = EDMUNet2DModel.from_preset(NETWORKS[args.preset], **data)
     else:
-        names = ("model_channels", "channel_mult", "layers_per_block", "attention_resolutions", "dropout")
-        model = EDMUNet2DModel(**data, **{name: getattr(args, name) for name in names})
+        names = ("model_channels", "channel_mult", "layers_per_block", "dropout")
+        lowest = info.resolution >> (len(args.channel_mult) - 1)
+        attention = [lowest] if args.attention_resolutions is None else args.attention_resolutions
+        model = EDMUNet2DModel(**data, **{name: getattr(args, name) for name in names}, attention_resolutions=attention)
     model.initialize_weights()
     return model
 
@@ -124,6 +126,7 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     pipeline = GDDIMPipeline(model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
 
     # Loss
     def loss_of(network, batch, random):

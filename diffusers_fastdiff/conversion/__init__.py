@@ -2,6 +2,7 @@
 
 from .amed import convert_amed
 from .dit import convert_dit
+from .edm import ConvertedEDM, convert_edm
 from .fpdm import convert_fpdm
 
-__all__ = ["convert_amed", "convert_dit", "convert_fpdm"]
+__all__ = ["ConvertedEDM", "convert_amed", "convert_dit", "convert_edm", "convert_fpdm"]

@@ -51,6 +51,7 @@ class Preconditioning:
         beta_min: noise rate at t = 0 (VP).
         epsilon_t: smallest t (VP).
         num_timesteps: M, scale of `c_noise` (VP).
+        noise_input_scale: factor of `c_noise`; 1000 in the U-Nets of consistency models (Song et al., arXiv 2303.01469).
     """
 
     kind: str = "edm"
@@ -64,6 +65,7 @@ class Preconditioning:
     beta_min: float = 0.1
     epsilon_t: float = 1e-5
     num_timesteps: int = 1000
+    noise_input_scale: float = 1.0
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -104,7 +106,18 @@ class Preconditioning:
                 c_skip, c_out, c_noise = (self.sigma_data * c_in) ** 2, sigma * self.sigma_data * c_in, sigma.log() / 4
         if self.momentum:
             c_in = momentum_scale(sigma, *self.sigma_range, self.momentum)
-        return Coefficients(c_skip, c_out, c_in, c_noise)
+        return Coefficients(c_skip, c_out, c_in, self.noise_input_scale * c_noise)
+
+    def sigma(self, c_noise: Sigma) -> torch.Tensor:
+        """Noise level that the network is told as `c_noise`: the inverse of that coefficient."""
+        level = _as_tensor(c_noise) / self.noise_input_scale
+        match self.kind:
+            case "vp":
+                return vp_sigma(level / (self.num_timesteps - 1), self.beta_d, self.beta_min)
+            case "ve":
+                return 2 * level.exp()
+            case _:
+                return (4 * level).exp()
 
     def loss_weight(self, sigma: Sigma) -> torch.Tensor:
         """Weight of the squared error of the denoiser, `1 / c_out^2`: 1/sigma^2 in VP and VE, `1/sigma^2 + 1/sd^2` in EDM."""

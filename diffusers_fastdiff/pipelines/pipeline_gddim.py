@@ -45,6 +45,8 @@ class GDDIMPipeline(DiffusionPipeline):
 
     def __init__(self, unet: EDMUNet2DModel, scheduler: GDDIMScheduler):
         super().__init__()
+        if not isinstance(scheduler, GDDIMScheduler):
+            raise ValueError(f"`scheduler` must be a GDDIMScheduler, which knows the process, got {type(scheduler).__name__}.")
         process, config = scheduler.forward_process, unet.config
         if config.in_channels != config.out_channels or config.in_channels % process.block:
             raise ValueError(
@@ -97,7 +99,7 @@ class GDDIMPipeline(DiffusionPipeline):
         ```
         """
         # 1. Arguments
-        labels = self._check_inputs(class_labels, batch_size, guidance_scale, latents, output_type)
+        labels = self._check_inputs(class_labels, batch_size, guidance_scale, latents, output_type, ode_tolerance)
         batch_size = len(labels) if labels is not None else batch_size or (1 if latents is None else len(latents))
         generators = image_generators(generator, batch_size)
 
@@ -137,11 +139,15 @@ class GDDIMPipeline(DiffusionPipeline):
         result = GDDIMPipelineOutput(images=images, num_evaluations=num_evaluations, trajectory=states)
         return result if return_dict else result.to_tuple()
 
-    def _check_inputs(self, class_labels, batch_size, guidance_scale, latents, output_type) -> torch.Tensor | None:
+    def _check_inputs(
+        self, class_labels, batch_size, guidance_scale, latents, output_type, ode_tolerance
+    ) -> torch.Tensor | None:
         """Labels as a tensor on the device, None for a model without classes."""
         config = self.unet.config
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        if ode_tolerance is not None and self.scheduler.config.process == "vp":
+            raise ValueError("`ode_tolerance` is for `process='cld'` and `'blur'`; for 'vp' take small steps.")
         if config.num_classes is None:
             if class_labels is not None or guidance_scale != 1:
                 raise ValueError("`class_labels` and `guidance_scale` need a model with classes; this one has none.")
@@ -176,8 +182,6 @@ class GDDIMPipeline(DiffusionPipeline):
     def _integrate(self, state: torch.Tensor, labels, scale: float, tolerance: float) -> tuple[torch.Tensor, int]:
         """Probability flow from the prior to the end time, then the denoising step if the scheduler has one."""
         scheduler, process = self.scheduler, self.scheduler.forward_process
-        if scheduler.config.process == "vp":
-            raise ValueError("`ode_tolerance` is for `process='cld'` and `'blur'`; for 'vp' take small steps.")
 
         def predict_eps(coordinates: torch.Tensor, t: float) -> torch.Tensor:
             sample = process.inverse_transform(coordinates).to(state.dtype)

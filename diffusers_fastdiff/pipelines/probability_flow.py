@@ -34,7 +34,13 @@ def integrate_probability_flow(
         state: (B, kC, ...), in these coordinates, best in float64.
         tolerance: relative and absolute, of each step.
         parametrization: K of eps, "R" or "L".
+
+    Raises:
+        ImportError: without `torchdiffeq`.
+        ValueError: if `tolerance` is not in (0, 1), or below what the precision of `predict_eps` allows.
     """
+    if not 0 < tolerance < 1:
+        raise ValueError(f"`ode_tolerance` must be inside (0, 1), got {tolerance}.")
     odeint = require("torchdiffeq", "ode").odeint
     num_evaluations = 0
 
@@ -44,5 +50,11 @@ def integrate_probability_flow(
         return reverse_drift(process, state, predict_eps(state, t.item()), t.item(), parametrization=parametrization)
 
     times = torch.tensor([start, end], dtype=state.dtype, device=state.device)
-    states = odeint(slope, state, times, rtol=tolerance, atol=tolerance, method="dopri5")
+    options = {"step_t": times[-1:]}  # no step beyond the end, where the matrices may not exist
+    try:
+        states = odeint(slope, state, times, rtol=tolerance, atol=tolerance, method="dopri5", options=options)
+    except AssertionError as error:  # how torchdiffeq says that no step is small enough
+        raise ValueError(
+            f"`ode_tolerance` {tolerance} is out of reach ({error}). Take a larger one, or a network of higher precision."
+        ) from None
     return FlowEnd(states[-1], num_evaluations)

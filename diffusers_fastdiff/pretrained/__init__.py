@@ -43,7 +43,8 @@ def load_pretrained(name: str, torch_dtype: torch.dtype = torch.float32) -> Diff
     folder = _FOLDER / name
     index = json.loads((folder / "model_index.json").read_text())
     # Component by component, because `DiTPipeline.from_pretrained` warns about every class that is not its own.
-    components = {key: _load(folder, key, *entry, torch_dtype) for key, entry in index.items() if not key.startswith("_")}
+    entries = {key: entry for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    components = {key: _load(folder, key, *entry, torch_dtype) for key, entry in entries.items()}
     return _find("diffusers_fastdiff", index["_class_name"])(**components)
 
 
@@ -59,8 +60,8 @@ def open_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
         return DiffusionPipeline.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The model {name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded from a folder or the Hub: "
-            f"{error}"
+            f"The model {name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded from a folder or the "
+            f"Hub: {error}"
         ) from error
 
 

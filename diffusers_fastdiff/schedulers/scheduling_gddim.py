@@ -8,7 +8,7 @@ from collections import deque
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..numerics.exponential_integrator import step_coefficients
@@ -24,7 +24,7 @@ from ..numerics.reverse_steps import (
 from ..numerics.variance_preserving import log_noise_to_signal
 from .gddim_config import check_config, make_forward_process
 from .gddim_run import OutputConversion, ddim_timesteps, move, output_conversion, plan_evaluations, time_grid
-from .model_config import make_betas
+from .model_config import COMPATIBLES, make_betas
 from .run_index import RunIndex
 
 _ZERO_SNR = 2.0**-24  # alphas_cumprod in the place of 0, as in the multistep schedulers of diffusers
@@ -68,7 +68,7 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         denoise: whether "cld" and "blur" spend the last evaluation on an Euler step to the data; by default only "cld".
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles = COMPATIBLES
     order = 1
 
     @register_to_config
@@ -271,6 +271,7 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
                 "split off a learned variance before."
             )
         process, evaluation = self.forward_process, self._plan[self._step_index]
+        process.check_state(sample)  # before the history changes
         precise = torch.promote_types(sample.dtype, torch.float32)
         state = process.transform(sample.to(precise))
         eps = self._to_eps(process.transform(model_output.to(precise)), state, self._conversion, self._step_index)

@@ -61,13 +61,19 @@ def sample(scheduler, start: torch.Tensor, count: int, generator=None, predict=n
     return x
 
 
+def grid_time(scheduler: GDDIMScheduler, timestep: torch.Tensor) -> float:
+    """The time of an evaluation; timesteps are float32, which matters where the blur is undone."""
+    told = scheduler.time_of(timestep).item()
+    return min(scheduler._times, key=lambda time: abs(time - told))
+
+
 def exact_eps(scheduler: GDDIMScheduler, clean: torch.Tensor, parametrization: str | None = None):
     """The perfect network for a data set of one image."""
     process = scheduler.forward_process
     parametrization = parametrization or scheduler.config.network_parametrization
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        t = scheduler.time_of(timestep)
+        t = grid_time(scheduler, timestep)
         mean = apply(process, process.signal(t), process.transform(process.lift(clean)))
         inverse = torch.linalg.inv(process.noise_factor(t, parametrization))
         return process.inverse_transform(apply(process, inverse, process.transform(x) - mean))
@@ -255,7 +261,7 @@ def test_single_image_is_exact_in_any_number_of_steps(name, count):
         for a, r in zip(signal, factor, strict=True)
     )
     predict = exact_eps(scheduler, clean)
-    torch.testing.assert_close(sample(scheduler, start, count, predict=predict), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sample(scheduler, start, count, predict=predict), expected, rtol=1e-9, atol=1e-9)
     if name == "cld":
         cholesky = GDDIMScheduler(**RUNS[name], **options, parametrization="L")
         assert (sample(cholesky, start, count, predict=predict) - expected).abs().max() > 0.05
@@ -294,7 +300,7 @@ def mixture_error(case, count: int, **options) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return mixture.eps(x.flatten(1), scheduler.time_of(timestep).item()).reshape(x.shape)
+        return mixture.eps(x.flatten(1), grid_time(scheduler, timestep)).reshape(x.shape)
 
     start = pack(case.tensors["u_T"])[..., None, None]
     end = sample(scheduler, start, count, generator, predict)
@@ -314,8 +320,7 @@ def test_recorded_errors_are_not_exceeded(recording):
                 count, ending = key.removeprefix("nfe").split("_")
                 options = {"order": order, "denoise": ending == "den"}
                 published = mixture_error(case, int(count), time_grid="power", **options)
-                assert published <= values["rms_x"] * (1 + 1e-5)
-                assert published == pytest.approx(values["rms_x"], rel=1e-4)
+                assert published == pytest.approx(values["rms_x"], rel=1e-8)
 
 
 @pytest.mark.parametrize("recording", recordings("cld_trajectories"))
@@ -367,7 +372,7 @@ def test_predictions_of_all_kinds_give_the_same_samples():
         eps, process = exact_eps(scheduler, clean), scheduler.forward_process
 
         def predict(x, timestep, eps=eps, process=process, kind=prediction_type, scheduler=scheduler):
-            t = scheduler.time_of(timestep)
+            t = grid_time(scheduler, timestep)
             alpha, sigma = process.signal(t), process.factor(t)
             return {"epsilon": eps(x, timestep), "v_prediction": alpha * eps(x, timestep) - sigma * clean, "sample": clean}[
                 kind
@@ -391,12 +396,12 @@ def test_network_of_the_other_parametrization_and_with_mixed_score(sampler):
 
             def predict(x, timestep, eps=eps, process=process, scheduler=scheduler, kind=kind, mixed_score=mixed_score):
                 velocity = torch.cat([torch.zeros_like(clean), x.chunk(2, dim=1)[1]], dim=1)
-                inverse = torch.linalg.inv(process.noise_factor(scheduler.time_of(timestep), kind))
+                inverse = torch.linalg.inv(process.noise_factor(grid_time(scheduler, timestep), kind))
                 return eps(x, timestep) - mixed_score * apply(process, inverse, velocity)
 
             results.append(sample(scheduler, start, 5, predict=predict))
     for other in results[1:]:
-        torch.testing.assert_close(results[0], other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(results[0], other, rtol=1e-9, atol=1e-9)
 
 
 # ---- the interface -------------------------------------------------------------------------------------------------------
@@ -581,13 +586,14 @@ def test_bad_steps_are_refused():
         scheduler.step(x[:, :3], scheduler.timesteps[0], x[:, :3])
     with pytest.raises(ValueError, match="shape"):
         scheduler.step(x[:, :2], scheduler.timesteps[0], x)
+    for timestep in scheduler.timesteps:
+        scheduler.step(x, timestep, x)
     with pytest.raises(ValueError, match="over"):
-        for timestep in [*scheduler.timesteps, scheduler.timesteps[-1]]:
-            scheduler.step(x, timestep, x)
+        scheduler.step(x, scheduler.timesteps[-1], x)
     blur = GDDIMScheduler(**BLUR)
     blur.set_timesteps(3)
     with pytest.raises(ValueError, match="image_size"):
         blur.step(noise(1, 1, 8, 8), blur.timesteps[0], noise(1, 1, 8, 8))
-    with pytest.raises(ValueError, match="ddim|DDIM"):
+    with pytest.raises(ValueError, match="DDIM"):
         blur.ddim_etas()
     assert math.isinf(GDDIMScheduler().forward_process.origin)

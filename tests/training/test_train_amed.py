@@ -76,6 +76,7 @@ def numbers(folder: Path):
         ["--student=dpmpp", "--solver_order=3", "--teacher=dpmpp", "--no-predict_x0", "--no-lower_order_final"],
         ["--student=euler", "--static", "--guidance_scale=2", "--sigma_schedule=logsnr", "--sigma_max=20"],
         ["--student=ipndm", "--solver_order=4", "--teacher=ipndm", "--teacher_points=2", "--search_grid"],
+        ["--student=ipndm", "--objective=end", "--gradient_accumulation_steps=2"],
         ["--student=lms", "--nfe=3", "--guidance_scale=2", "--gradient_checkpointing"],
         ["--student=lms", "--nfe=2", "--ingredients", "weights", "--sigmas", "20", "1"],
     ],
