@@ -116,8 +116,8 @@ def _add_convert(commands) -> None:
     parser = commands.add_parser(
         "convert", help="convert an original checkpoint to the layout of diffusers", description=_convert.__doc__
     )
-    parser.add_argument("kind", choices=["dit", "fpdm"], help="what the checkpoint holds")
-    parser.add_argument("checkpoint", type=Path, help="file: safetensors, or a PyTorch file of plain tensors")
+    parser.add_argument("kind", choices=["amed", "dit", "edm", "fpdm"], help="what the checkpoint holds")
+    parser.add_argument("checkpoint", type=Path, help="file: safetensors, a PyTorch file, or a pickle of EDM and FDM")
     parser.add_argument("output", type=Path, help="folder for the converted model")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="weights of a training checkpoint")
     parser.add_argument("--num_attention_heads", type=int, help="for widths that were not published")
@@ -128,14 +128,26 @@ def _add_convert(commands) -> None:
         help="fpdm: whether the outer layers see the timestep, where the checkpoint does not say so",
     )
     parser.add_argument("--flow", action="store_true", help="fpdm: trained with the original's rectified flow")
+    parser.add_argument("--scale_dir", type=float, default=0.0, help="amed: half-width of the direction scale")
+    parser.add_argument("--scale_time", type=float, default=0.0, help="amed: half-width of the time scale")
+    parser.add_argument("--formulation", choices=["vp", "ve", "edm"], help="edm: where the file does not say so")
+    parser.add_argument("--family", choices=["adm", "consistency"], help="edm: networks in ADM's names")
+    parser.add_argument("--sample_size", type=int, help="edm: side of the images, for networks in ADM's names")
     parser.set_defaults(run=_convert)
 
 
 def _convert(args: argparse.Namespace) -> None:
     """Read an original checkpoint without executing anything in it and save it for `from_pretrained`."""
-    from .conversion import convert_dit, convert_fpdm
+    from .conversion import convert_amed, convert_dit, convert_fpdm
 
     check_writable(args.output, "output")
+    if args.kind == "edm":
+        _convert_edm(args)
+        return
+    if args.kind == "amed":
+        predictor = convert_amed(args.checkpoint, scale_dir=args.scale_dir, scale_time=args.scale_time)
+        _save_model(predictor, args.output)
+        return
     options = {"num_attention_heads": args.num_attention_heads, "weights": args.weights}
     if args.kind == "fpdm":
         options |= {
@@ -144,8 +156,27 @@ def _convert(args: argparse.Namespace) -> None:
             "flow": args.flow,
         }
     model = (convert_fpdm if args.kind == "fpdm" else convert_dit)(args.checkpoint, **options)
-    model.save_pretrained(args.output)
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters: {args.output}")
+    _save_model(model, args.output)
+
+
+def _convert_edm(args: argparse.Namespace) -> None:
+    """As a pipeline with the scheduler of its formulation."""
+    import diffusers_fastdiff
+
+    from .conversion import convert_edm
+
+    converted = convert_edm(
+        args.checkpoint, weights=args.weights, kind=args.formulation, family=args.family, sample_size=args.sample_size
+    )
+    config = converted.scheduler_config
+    scheduler = getattr(diffusers_fastdiff, config["_class_name"]).from_config(config)
+    diffusers_fastdiff.EDMPipeline(converted.unet, scheduler).save_pretrained(args.output)
+    print(f"EDMPipeline, {converted.unet.num_parameters():,} parameters, {type(scheduler).__name__}: {args.output}")
+
+
+def _save_model(model, output: Path) -> None:
+    model.save_pretrained(output)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters: {output}")
 
 
 if __name__ == "__main__":
