@@ -10,11 +10,12 @@ ROOT = Path(__file__).parent
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=3.0", "peft>=0.17", "scikit-learn>=1.3", "tensorboard>=2.15"],
     "eval": [
-        "accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.3", "scipy>=1.11", "torchdiffeq>=0.2.4",
+        "accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "scikit-learn>=1.3", "scipy>=1.11",
         "transformers>=4.50",
     ],
+    "ode": ["torchdiffeq>=0.2.4"],
 }  # fmt: skip
-EXTRAS["test"] = [*EXTRAS["train"], *EXTRAS["eval"], "pytest>=8.0", "torchmetrics>=1.4"]
+EXTRAS["test"] = [*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["ode"], "pytest>=8.0", "torchmetrics>=1.4"]
 EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.0", "ruff>=0.8"]
 
 setup(

@@ -12,19 +12,38 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 
 import diffusers_fastdiff
-from diffusers_fastdiff import load_pretrained
 from diffusers_fastdiff.errors import check_writable
 from diffusers_fastdiff.evaluation.digits import evaluate_digits
-from diffusers_fastdiff.pretrained import available_pretrained
+from diffusers_fastdiff.pretrained import open_pipeline
+from diffusers_fastdiff.training.randomness import derive_seed
 from diffusers_fastdiff.training.validation import sample_latents
+
+
+def draw(pipe: DiffusionPipeline, labels: torch.Tensor, steps: int, guidance_scale: float, seed: int) -> torch.Tensor:
+    """Images of the given classes, (B, 1, 8, 8) in [-1, 1]; image k depends on seed and k only."""
+    if not isinstance(pipe, DiTPipeline):
+        generators = [torch.Generator().manual_seed(derive_seed(seed, "image", k)) for k in range(len(labels))]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
+        return pipe(class_labels=labels, generator=generators, **options).images * 2 - 1
+    model = pipe.transformer.eval()
+    return sample_latents(
+        lambda x, timestep, condition: model(x, timestep.expand(len(x)), class_labels=condition).sample,
+        pipe.scheduler,
+        (len(labels), 1, 8, 8),
+        labels,
+        torch.full_like(labels, model.null_label),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="embedded name or folder of a DiTPipeline of digits")
+    parser.add_argument("--model", required=True, help="embedded name or folder of a pipeline of digits")
     parser.add_argument("--num_images", type=int, default=2000, help="for each seed")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 1.5])
@@ -33,29 +52,16 @@ def main() -> None:
     args = parser.parse_args()
     check_writable(args.output.parent, "--output")
 
-    known = args.model in available_pretrained()
-    pipe = load_pretrained(args.model) if known else DiTPipeline.from_pretrained(args.model)
-    model = pipe.transformer.eval()
+    pipe = open_pipeline(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    model = pipe.transformer if isinstance(pipe, DiTPipeline) else pipe.unet
     labels = torch.arange(args.num_images) % 10
-    nulls = torch.full_like(labels, model.null_label)
-
-    def denoise(x: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return model(x, timestep.expand(len(x)), class_labels=condition).sample
 
     results = []
     for scale in args.guidance_scales:
         runs = []
         for seed in args.seeds:
-            images = sample_latents(
-                denoise,
-                pipe.scheduler,
-                (args.num_images, 1, 8, 8),
-                labels,
-                nulls,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=scale,
-                seed=seed,
-            )
+            images = draw(pipe, labels, args.num_inference_steps, scale, seed)
             runs.append(evaluate_digits(images, labels))
             print(f"guidance {scale}, seed {seed}: {runs[-1]}", flush=True)
         summary = {

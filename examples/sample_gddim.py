@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw_trajectory(pipe: GDDIMPipeline, states: torch.Tensor, path: Path, num_columns: int = 9, num_pixels: int = 16) -> None:
+def draw_trajectory(pipe: GDDIMPipeline, states: torch.Tensor, path: Path, num_columns: int = 9, num_pixels: int = 8) -> None:
     """`states` (N + 1, kC, H, W) of one image."""
     plt = require("matplotlib.pyplot", "eval")
     scheduler, is_cld = pipe.scheduler, pipe.scheduler.forward_process.block == 2

@@ -29,8 +29,9 @@ def load_pretrained(name: str, torch_dtype: torch.dtype = torch.float32) -> Diff
     """Load an embedded pipeline or learned solver; needs no network.
 
     Args:
-        name: a pipeline, such as "digits-fpdm" (fixed-point DiT), "digits-dit" (plain DiT, 4 layers) or "digits-dit-deep" (8
-            layers), which draw 8x8 grey digits by class label; or a solver for one of them, such as "digits-dit-lms-5".
+        name: a pipeline: "digits-fpdm" (fixed-point DiT), "digits-dit" (plain DiT, 4 layers), "digits-dit-deep" (8 layers),
+            "digits-edm", "digits-cld" or "digits-blur", which draw 8x8 grey digits by class label; or a solver for one of
+            them, such as "digits-dit-lms-5".
         torch_dtype: precision of a pipeline; the weights are stored in float16.
 
     Raises:
@@ -57,12 +58,21 @@ def open_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
     if name in available_pretrained():
         return load_pretrained(name)
     try:
-        return DiffusionPipeline.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
+        return _pipeline_class(name).from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The model {name!r} is no embedded pipeline ({available_pretrained()}) and cannot be loaded from a folder or the "
             f"Hub: {error}"
         ) from error
+
+
+def _pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """`DiffusionPipeline` finds only the pipelines of diffusers itself."""
+    index = Path(name) / "model_index.json"
+    if not index.is_file():
+        return DiffusionPipeline
+    own = getattr(importlib.import_module("diffusers_fastdiff"), str(json.loads(index.read_text())["_class_name"]), None)
+    return own if isinstance(own, type) and issubclass(own, DiffusionPipeline) else DiffusionPipeline
 
 
 def _load(folder: Path, key: str, library: str, class_name: str, torch_dtype: torch.dtype) -> Any:

@@ -98,7 +98,8 @@ def test_learned_solvers_come_near_a_slow_one(name):
         if solver.config.get("mode") == "attached":
             solver.detach()
     error = float((ends[0] - ends[1]).square().mean().sqrt())
-    assert error < 1.5 * json.loads(report.read_text())["error to the teacher"]["learned"]
+    left = scheduler.config.sigmas[-1] if scheduler.config.sigmas else 0.0  # noise where an AMED grid ends
+    assert error < left + 1.5 * json.loads(report.read_text())["error to the teacher"]["learned"]
 
 
 def slow_solver(pipe) -> DPMSolverMultistepScheduler:
