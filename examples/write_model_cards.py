@@ -168,7 +168,7 @@ def solver_card(name: str) -> str:
         f"{key}_distance": f"{row['frechet_distance']:.2f} ± {row['frechet_distance +-']:.2f}" for key, row in cells.items()
     }
     family = "lms" if config["student"] == "lms" else config["mode"]
-    attach = "load_pretrained({0!r}).attach(pipe)" if family == "attached" else "pipe.scheduler = load_pretrained({0!r})"
+    attach = 'load_pretrained("{0}").attach(pipe)' if family == "attached" else 'pipe.scheduler = load_pretrained("{0}")'
     flags = "" if guidance == 1 else f" --guidance_scale {guidance:g}"
     return SOLVER_CARD.format(
         metadata=ModelCardData(
