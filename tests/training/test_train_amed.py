@@ -1,23 +1,17 @@
 """The solver training script as its users run it, on tiny pipelines of the real classes."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from diffusers_fastdiff import AMEDScheduler
 from diffusers_fastdiff.numerics.solver_methods import Solver
 from diffusers_fastdiff.training.linear_distillation import LearnableLinearSolver
 from tests.hooks import tiny_pipelines as tiny
+from tests.training.scripts import TWO_PROCESSES, run, run_here
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "train_amed.py"
 TINY = [
     "--train_batch_size=4", "--max_train_steps=3", "--logging_steps=1", "--checkpointing_steps=2", "--held_out=4",
     "--num_trajectories=8", "--teacher_evaluations=6", "--num_validation_images=2",
@@ -33,24 +27,13 @@ def dit_folder(tmp_path_factory) -> Path:
 
 def command(pipeline: Path, output_dir: Path, *flags: str) -> list[str]:
     names = [f"--pretrained_model_name_or_path={pipeline}", f"--output_dir={output_dir}"]
-    return [str(SCRIPT), *names, *TINY, *flags]
-
-
-def in_fresh_state(arguments: list[str], monkeypatch) -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    monkeypatch.setattr(sys, "argv", arguments)
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
+    return ["train_amed.py", *names, *TINY, *flags]
 
 
 @pytest.fixture
 def train(monkeypatch, dit_folder, tmp_path):
     def train(*flags: str, output_dir: Path = tmp_path / "out", pipeline: Path = dit_folder) -> Path:
-        in_fresh_state(command(pipeline, output_dir, *flags), monkeypatch)
+        run_here(monkeypatch, *command(pipeline, output_dir, *flags))
         return output_dir
 
     return train
@@ -143,12 +126,9 @@ def assert_same(ours, theirs, tolerance: float = 0.0) -> None:
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batch(dit_folder, tmp_path):
     results = []
-    for launcher, size in (((), 4), (("-m", "torch.distributed.run", "--nproc_per_node=2"), 2)):
+    for launcher, size in (((), 4), (TWO_PROCESSES, 2)):
         folder = tmp_path / str(size)
-        arguments = command(dit_folder, folder, "--student=ipndm", f"--train_batch_size={size}")
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run(*command(dit_folder, folder, "--student=ipndm", f"--train_batch_size={size}"), launcher=launcher)
         results.append(numbers(folder))
     assert_same(results[1], results[0], 1e-4)
 

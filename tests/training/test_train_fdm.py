@@ -3,20 +3,14 @@
 import io
 import json
 import math
-import os
 import runpy
-import signal
-import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from safetensors.torch import load_file
 
 from diffusers_fastdiff import EDMPipeline, FDMEDMScheduler, FDMVEScheduler, FDMVPScheduler
 from diffusers_fastdiff.training.edm_augmentation import NUM_LABELS, augment
@@ -24,14 +18,14 @@ from diffusers_fastdiff.training.edm_schedule import half_life_decay, ramp_up_st
 from diffusers_fastdiff.training.prepare import fit
 from diffusers_fastdiff.training.randomness import BatchRandom
 from diffusers_fastdiff.training.zip_data import ZipDataset
+from tests.training.scripts import TWO_PROCESSES, Training, losses, run_here
 
-ROOT = Path(__file__).parents[2]
-SCRIPT, PREPARE = ROOT / "examples" / "train_fdm.py", ROOT / "examples" / "prepare_images.py"
-TINY = [
+TRAINING = Training(
+    "train_fdm.py", "unet/diffusion_pytorch_model.safetensors",
     "--model_channels=8", "--train_batch_size=4", "--max_train_steps=6", "--lr_ramp_up=16", "--logging_steps=1",
     "--checkpointing_steps=2", "--validation_steps=0", "--ema_half_life=20", "--warmup_steps=4",
-]  # fmt: skip
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+)  # fmt: skip
+train = TRAINING.fixture()
 
 
 # -- pieces ---------------------------------------------------------------------------------------------------------------
@@ -118,13 +112,6 @@ def test_crops():
 # -- data -----------------------------------------------------------------------------------------------------------------
 
 
-def run_script(monkeypatch, script: Path, *flags: str) -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    monkeypatch.setattr(sys, "argv", [str(script), *flags])
-    runpy.run_path(str(script), run_name="__main__")
-
-
 def write_images(folder: Path, sizes=((12, 12), (16, 10), (20, 12), (4, 4))) -> Path:
     for label, color in (("a", "red"), ("b", "blue")):
         (folder / label).mkdir(parents=True)
@@ -135,7 +122,7 @@ def write_images(folder: Path, sizes=((12, 12), (16, 10), (20, 12), (4, 4))) -> 
 
 def test_preparation_is_one_command(monkeypatch, tmp_path, capsys):
     folder, archive = write_images(tmp_path / "images"), tmp_path / "prepared.zip"
-    run_script(monkeypatch, PREPARE, f"--source={folder}", f"--dest={archive}", "--resolution=8")
+    run_here(monkeypatch, "prepare_images.py", f"--source={folder}", f"--dest={archive}", "--resolution=8")
     assert "6 images of 8 x 8 pixels, 2 too small" in capsys.readouterr().out
     data = ZipDataset(archive)
     assert len(data) == 6
@@ -143,7 +130,7 @@ def test_preparation_is_one_command(monkeypatch, tmp_path, capsys):
     assert [int(data[index]["labels"]) for index in range(6)] == [0, 0, 0, 1, 1, 1]
     assert data[0]["images"][:, 0, 0].tolist() == [1, -1, -1]
     again = tmp_path / "again.zip"
-    run_script(monkeypatch, PREPARE, f"--source={archive}", f"--dest={again}", "--resolution=4x4", "--grayscale")
+    run_here(monkeypatch, "prepare_images.py", f"--source={archive}", f"--dest={again}", "--resolution=4x4", "--grayscale")
     assert ZipDataset(again).info.channels == 1
     assert [int(item["labels"]) for item in map(ZipDataset(again).__getitem__, range(6))] == [0, 0, 0, 1, 1, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.zip", "images", "prepared.zip"]
@@ -154,7 +141,7 @@ def test_preparation_is_one_command(monkeypatch, tmp_path, capsys):
         ([f"--source={folder}", f"--dest={tmp_path / 'none.zip'}", "--resolution=64"], "64 x 64"),
     ):
         with pytest.raises(SystemExit, match=word):
-            run_script(monkeypatch, PREPARE, *flags)
+            run_here(monkeypatch, "prepare_images.py", *flags)
     assert not (tmp_path / "none.zip").exists()
     assert len(ZipDataset(archive)) == 6  # a failed run leaves the old file
 
@@ -196,42 +183,6 @@ def test_archives(tmp_path):
 # -- the training script --------------------------------------------------------------------------------------------------
 
 
-def command(output_dir: Path, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, *launcher, str(SCRIPT), f"--output_dir={output_dir}", *TINY, *flags]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def run(output_dir: Path, *flags: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(output_dir, *flags, **options), env=environment(), capture_output=True, text=True)
-
-
-@pytest.fixture
-def train(monkeypatch, tmp_path):
-    """Run the script in this process."""
-
-    def train(*flags: str, output_dir: Path = tmp_path / "out") -> Path:
-        run_script(monkeypatch, SCRIPT, *command(output_dir, *flags)[2:])
-        return output_dir
-
-    yield train
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
-    ours, theirs = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize(
     ("flags", "scheduler", "multiplier"),
     [
@@ -257,11 +208,13 @@ def test_every_kind_of_model_ends_in_a_working_pipeline(train, flags, scheduler,
 def test_archives_and_presets(train, monkeypatch, tmp_path):
     """The published networks are too large for a test; their settings are not."""
     archive = tmp_path / "images.zip"
-    run_script(monkeypatch, PREPARE, f"--source={write_images(tmp_path / 'images')}", f"--dest={archive}", "--resolution=8")
+    run_here(
+        monkeypatch, "prepare_images.py", f"--source={write_images(tmp_path / 'images')}", f"--dest={archive}", "--resolution=8"
+    )
     folder = train(f"--train_data_dir={archive}", "--max_train_steps=2", "--random_flip", "--gradient_accumulation_steps=2")
     config = json.loads((folder / "unet" / "config.json").read_text())
     assert (config["in_channels"], config["num_classes"]) == (3, 2)
-    defaults = runpy.run_path(str(SCRIPT))
+    defaults = runpy.run_path(str(TRAINING.script))
     monkeypatch.setattr(sys, "argv", ["x", "--preset=afhqv2-ncsnpp", "--augment_probability=0.2", f"--output_dir={tmp_path}"])
     args = defaults["parse_args"]()
     assert (args.learning_rate, args.train_batch_size, args.augment_probability) == (2e-4, 256, 0.2)
@@ -272,7 +225,7 @@ def test_going_on_with_a_saved_network(train, tmp_path):
     base = train("--precondition=vp", "--no-fdm", output_dir=tmp_path / "base")
     flags = [f"--pretrained_model_name_or_path={base}", "--precondition=vp"]
     further = train(*flags, "--no-fdm", "--max_train_steps=1", "--learning_rate=1e-9", output_dir=tmp_path / "further")
-    assert_same_weights(base, further, tolerance=1e-5)
+    TRAINING.assert_same_weights(base, further, tolerance=1e-5)
     with pytest.raises(SystemExit, match="multiplier None"):
         train(*flags, output_dir=tmp_path / "wrong")
 
@@ -294,41 +247,28 @@ def test_resumed_run_is_the_uninterrupted_one(train, tmp_path):
     parts = tmp_path / "parts"
     train(*flags, "--max_train_steps=3", output_dir=parts)
     train(*flags, "--resume_from_checkpoint=latest", output_dir=parts)  # goes on after step 2, inside the warm-up
-    assert_same_weights(whole, parts)
+    TRAINING.assert_same_weights(whole, parts)
     assert losses(whole) == losses(parts)
 
 
 @pytest.mark.slow
 def test_killed_run_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
-    """SIGKILL as soon as checkpoints appear, in the middle of whatever the process does: training, or writing the next one."""
     flags = ["--max_train_steps=30", "--checkpoints_total_limit=2", "--checkpointing_steps=1"]
-    assert run(tmp_path / "whole", *flags).returncode == 0
     parts = tmp_path / "parts"
+    TRAINING.run(tmp_path / "whole", *flags)
     for pause in (0.0, 0.13):
-        process = subprocess.Popen(
-            command(parts, *flags, "--resume_from_checkpoint=latest"), env=environment(), stderr=subprocess.DEVNULL
-        )
-        seen = set(parts.glob("checkpoint-*"))
-        while process.poll() is None and set(parts.glob("checkpoint-*")) <= seen:
-            time.sleep(0.01)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert all((checkpoint / "training_state.json").exists() for checkpoint in parts.glob("checkpoint-*"))
-    assert run(parts, *flags, "--resume_from_checkpoint=latest").returncode == 0
-    assert_same_weights(tmp_path / "whole", parts)
+        TRAINING.kill_at_a_checkpoint(parts, *flags, pause=pause)
+    TRAINING.run(parts, *flags, "--resume_from_checkpoint=latest")
+    TRAINING.assert_same_weights(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     flags = ["--augment_probability=0.3"]
-    whole = run(tmp_path / "whole", *flags)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2")
-    pair = run(tmp_path / "pair", "--train_batch_size=2", *flags, launcher=launcher)
-    assert whole.returncode == 0, whole.stderr
-    assert pair.returncode == 0, pair.stderr
+    TRAINING.run(tmp_path / "whole", *flags)
+    TRAINING.run(tmp_path / "pair", "--train_batch_size=2", *flags, launcher=TWO_PROCESSES)
     torch.testing.assert_close(losses(tmp_path / "whole"), losses(tmp_path / "pair"), rtol=1e-4, atol=1e-5)
-    assert_same_weights(tmp_path / "whole", tmp_path / "pair", tolerance=2e-3)
+    TRAINING.assert_same_weights(tmp_path / "whole", tmp_path / "pair", tolerance=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -347,8 +287,4 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else None,
 )
 def test_bad_flags_are_refused_in_one_line(train, flags, word, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        train(*flags)
-    assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    TRAINING.assert_refused(train, flags, word, tmp_path)

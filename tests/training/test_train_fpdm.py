@@ -1,72 +1,22 @@
 """The training script as its users run it."""
 
 import json
-import os
-import runpy
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiTPipeline
-from safetensors.torch import load_file
 
 import diffusers_fastdiff  # noqa: F401
+from tests.training.scripts import TWO_PROCESSES, Training, losses
 from tests.training.test_pieces import save_images, tiny_vae
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "train_fpdm.py"
-TINY = [
+TRAINING = Training(
+    "train_fpdm.py", "transformer/diffusion_pytorch_model.safetensors",
     "--num_attention_heads=2", "--attention_head_dim=8", "--num_layers=4", "--train_batch_size=4", "--max_train_steps=6",
     "--learning_rate=1e-2", "--max_no_grad_iterations=2", "--max_grad_iterations=2", "--logging_steps=1",
     "--checkpointing_steps=2", "--validation_steps=0", "--ema_decay=0.9",
-]  # fmt: skip
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-def command(output_dir: Path, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, *launcher, str(SCRIPT), f"--output_dir={output_dir}", *TINY, *flags]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-
-
-def run(output_dir: Path, *flags: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(output_dir, *flags, **options), env=environment(), capture_output=True, text=True)
-
-
-@pytest.fixture
-def train(monkeypatch, tmp_path):
-    """Run the script in this process."""
-
-    def train(*flags: str, output_dir: Path = tmp_path / "out") -> Path:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        monkeypatch.setattr(sys, "argv", command(output_dir, *flags)[1:])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return output_dir
-
-    yield train
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
-    ours, theirs = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "log.jsonl").read_text().splitlines()]
+)  # fmt: skip
+train = TRAINING.fixture()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +48,7 @@ def test_latents_are_cached_and_encoded_on_the_fly_alike(train, tmp_path):
     data = [f"--train_data_dir={tmp_path / 'images'}", "--resolution=16", f"--vae={tmp_path / 'vae'}"]
     cached = train(*data, f"--latents_dir={tmp_path / 'latents'}", output_dir=tmp_path / "cached")
     direct = train(*data, output_dir=tmp_path / "direct")
-    assert_same_weights(cached, direct, tolerance=1e-4)
+    TRAINING.assert_same_weights(cached, direct, tolerance=1e-4)
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 1
 
 
@@ -134,7 +84,7 @@ def test_accumulation_is_one_large_batch(train, tmp_path):
     whole = train(output_dir=tmp_path / "whole")
     rounds = train("--train_batch_size=2", "--gradient_accumulation_steps=2", output_dir=tmp_path / "rounds")
     torch.testing.assert_close(losses(whole), losses(rounds), rtol=1e-4, atol=1e-5)
-    assert_same_weights(whole, rounds, tolerance=2e-3)
+    TRAINING.assert_same_weights(whole, rounds, tolerance=2e-3)
 
 
 def test_resumed_run_is_the_uninterrupted_one(train, tmp_path):
@@ -142,40 +92,26 @@ def test_resumed_run_is_the_uninterrupted_one(train, tmp_path):
     parts = tmp_path / "parts"
     train("--max_train_steps=3", output_dir=parts)
     train("--resume_from_checkpoint=latest", output_dir=parts)  # goes on after step 2
-    assert_same_weights(whole, parts)
+    TRAINING.assert_same_weights(whole, parts)
     assert losses(whole) == losses(parts)
 
 
 def test_killed_run_loses_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
-    """SIGKILL as soon as checkpoints appear, in the middle of whatever the process does, several times over."""
-    flags = ["--max_train_steps=40", "--checkpoints_total_limit=2"]
-    assert run(tmp_path / "whole", *flags).returncode == 0
-    parts = tmp_path / "parts"
+    """Killed in the middle of whatever the process does, several times over."""
+    flags, parts = ["--max_train_steps=40", "--checkpoints_total_limit=2"], tmp_path / "parts"
+    TRAINING.run(tmp_path / "whole", *flags)
     for pause in (0.0, 0.13):
-        process = subprocess.Popen(
-            command(parts, *flags, "--resume_from_checkpoint=latest"), env=environment(), stderr=subprocess.DEVNULL
-        )
-        seen = set(parts.glob("checkpoint-*"))
-        while process.poll() is None and set(parts.glob("checkpoint-*")) <= seen:
-            time.sleep(0.01)
-        time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for checkpoint in parts.glob("checkpoint-*"):
-            assert (checkpoint / "training_state.json").exists()
-    assert run(parts, *flags, "--resume_from_checkpoint=latest").returncode == 0
-    assert_same_weights(tmp_path / "whole", parts)
+        TRAINING.kill_at_a_checkpoint(parts, *flags, pause=pause)
+    TRAINING.run(parts, *flags, "--resume_from_checkpoint=latest")
+    TRAINING.assert_same_weights(tmp_path / "whole", parts)
     assert not list(parts.glob(".incomplete-*"))
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    whole = run(tmp_path / "whole")
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2")  # accelerate launch starts one process on a CPU
-    pair = run(tmp_path / "pair", "--train_batch_size=2", launcher=launcher)
-    assert whole.returncode == 0, whole.stderr
-    assert pair.returncode == 0, pair.stderr
+    TRAINING.run(tmp_path / "whole")
+    TRAINING.run(tmp_path / "pair", "--train_batch_size=2", launcher=TWO_PROCESSES)
     torch.testing.assert_close(losses(tmp_path / "whole"), losses(tmp_path / "pair"), rtol=1e-4, atol=1e-5)
-    assert_same_weights(tmp_path / "whole", tmp_path / "pair", tolerance=2e-3)
+    TRAINING.assert_same_weights(tmp_path / "whole", tmp_path / "pair", tolerance=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -197,11 +133,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else None,
 )
 def test_bad_flags_are_refused_in_one_line(train, flags, word, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        train(*flags)
-    assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    TRAINING.assert_refused(train, flags, word, tmp_path)
 
 
 def test_checkpoint_of_another_run_is_refused(train, tmp_path):

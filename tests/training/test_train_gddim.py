@@ -1,19 +1,11 @@
 """The training script of gDDIM as its users run it, and its loss against the published program."""
 
-import json
-import os
 import runpy
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors.torch import load_file
 
 from diffusers_fastdiff import EDMUNet2DModel, GDDIMPipeline
 from diffusers_fastdiff.numerics.blur import BlurProcess, dct2, idct2
@@ -22,51 +14,15 @@ from diffusers_fastdiff.training import model_card
 from diffusers_fastdiff.training.gddim_loss import gddim_loss, training_times
 from tests.golden.recordings import recordings
 from tests.golden.test_gddim import cases, channels_first, pack, toy_network
+from tests.training.scripts import TWO_PROCESSES, Training, losses
 from tests.training.test_pieces import save_images
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "train_gddim.py"
-TINY = [
+TRAINING = Training(
+    "train_gddim.py", "unet/diffusion_pytorch_model.safetensors",
     "--model_channels=8", "--train_batch_size=4", "--max_train_steps=6", "--learning_rate=1e-2", "--logging_steps=1",
     "--checkpointing_steps=2", "--validation_steps=0", "--ema_decay=0.9",
-]  # fmt: skip
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def command(output_dir: Path, *flags: str) -> list[str]:
-    return [str(SCRIPT), f"--output_dir={output_dir}", *TINY, *flags]
-
-
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen:
-    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, *launcher, *arguments], env=os.environ | variables, stderr=subprocess.PIPE)
-
-
-@pytest.fixture
-def train(monkeypatch, tmp_path):
-    """Run the script in this process."""
-
-    def train(*flags: str, output_dir: Path = tmp_path / "out") -> Path:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        monkeypatch.setattr(sys, "argv", command(output_dir, *flags))
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        return output_dir
-
-    yield train
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_weights(first: Path, second: Path, tolerance: float = 0.0) -> None:
-    ours, theirs = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+)  # fmt: skip
+train = TRAINING.fixture()
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------------
@@ -162,12 +118,12 @@ def test_training_goes_on_from_a_saved_network(train, tmp_path):
         f"--pretrained_model_name_or_path={base}", "--max_train_steps=1", "--learning_rate=1e-9", "--no-use_ema",
         output_dir=tmp_path / "more",
     )  # fmt: skip
-    assert_same_weights(base, more, tolerance=1e-6)
+    TRAINING.assert_same_weights(base, more, tolerance=1e-6)
 
 
 def test_published_configuration(train, tmp_path):
     """The preset sets network and optimisation; flags that are given as well win. Run at a hundredth of its size."""
-    namespace = runpy.run_path(str(SCRIPT))
+    namespace = runpy.run_path(str(TRAINING.script))
     preset = namespace["PRESETS"]["cifar10"]
     published = {
         "train_batch_size": 128, "learning_rate": 2e-4, "lr_warmup_steps": 5000, "max_grad_norm": 1.0, "ema_decay": 0.9999,
@@ -200,17 +156,12 @@ def test_accumulation_is_one_large_batch(train, tmp_path):
 
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(train, tmp_path):
-    """SIGKILL as soon as the first checkpoint appears."""
     flags, parts = ["--max_train_steps=16"], tmp_path / "parts"
-    process = start(command(parts, *flags))
-    while process.poll() is None and not list(parts.glob("checkpoint-*")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (parts / WEIGHTS).exists()
+    TRAINING.kill_at_a_checkpoint(parts, *flags)
+    assert not (parts / TRAINING.weights).exists()
     whole = train(*flags, output_dir=tmp_path / "whole")
     train(*flags, "--resume_from_checkpoint=latest", output_dir=parts)
-    assert_same_weights(whole, parts)
+    TRAINING.assert_same_weights(whole, parts)
     assert losses(whole) == losses(parts)
     with pytest.raises(SystemExit, match="seed"):
         train(*flags, "--seed=5", "--resume_from_checkpoint=latest", output_dir=parts)
@@ -218,10 +169,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(train, tmp_path):
-    arguments = command(tmp_path / "pair", "--train_batch_size=2")
-    process = start(arguments, "-m", "torch.distributed.run", "--nproc_per_node=2")
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
+    TRAINING.run(tmp_path / "pair", "--train_batch_size=2", launcher=TWO_PROCESSES)
     whole = train(output_dir=tmp_path / "whole")
     torch.testing.assert_close(losses(whole), losses(tmp_path / "pair"), rtol=1e-3, atol=1e-4)
 
@@ -258,8 +206,4 @@ def test_upload(train, monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_bad_flags_are_refused_in_one_line(train, flags, word, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        train(*flags)
-    assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out" / WEIGHTS).exists()
+    TRAINING.assert_refused(train, flags, word, tmp_path)
