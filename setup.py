@@ -4,8 +4,21 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+
+
+class BuildWithScript(build_py):
+    """Puts the script behind `fastdiff train-solver` into the wheel; an editable installation finds it in the source tree."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "diffusers_fastdiff" / "examples"
+            self.mkpath(str(folder))
+            self.copy_file(str(ROOT / "examples" / "train_amed.py"), str(folder))
+
 
 EXTRAS = {
     "train": ["accelerate>=1.1", "datasets>=3.0", "peft>=0.17", "scikit-learn>=1.3", "tensorboard>=2.15"],
@@ -40,5 +53,6 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
+    cmdclass={"build_py": BuildWithScript},
     entry_points={"console_scripts": ["fastdiff = diffusers_fastdiff.cli:main"]},
 )

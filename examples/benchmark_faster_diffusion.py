@@ -13,7 +13,6 @@ steps, and for the caches of diffusers that run on a DiT. On a CPU, seconds are 
 import argparse
 import ast
 import contextlib
-import csv
 import io
 import json
 import shlex
@@ -40,6 +39,7 @@ from diffusers_fastdiff import (
     remove_faster_diffusion,
 )
 from diffusers_fastdiff.errors import check_writable, require
+from diffusers_fastdiff.evaluation.tables import report
 from diffusers_fastdiff.hooks.faster_diffusion_calibration import KeyStepCalibration
 
 PARTS = ("counts", "timing", "quality")
@@ -328,22 +328,6 @@ def verdict(rows: list[dict]) -> list[dict]:
 # ---- reports -------------------------------------------------------------------------------------------------------------
 
 
-def report(part: str, rows: Iterator[dict], folder: Path) -> list[dict]:
-    """Print rows as they come and write them to <folder>/<part>.csv."""
-    collected = []
-    for row in rows:
-        if not collected:
-            print(f"\n## {part}\n| " + " | ".join(row) + " |\n|" + "---|" * len(row), flush=True)
-        collected.append(row)
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-    names = list(dict.fromkeys(name for row in collected for name in row))
-    with (folder / f"{part}.csv".replace(":", "-")).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(collected)
-    return collected
-
-
 def plot(rows: list[dict], path: Path) -> None:
     plt = require("matplotlib.pyplot", "eval")
     figure, axis = plt.subplots(figsize=(8, 6))
@@ -403,7 +387,7 @@ def main() -> None:
         name, _, steps = spelled.partition(":")
         sampler = Sampler(name, args.num_images, args.guidance_scale)
         rows = report(f"quality {spelled}", quality(sampler, int(steps), args), folder)
-        report(f"verdict {spelled}", iter(verdict(rows)), folder)
+        report(f"verdict {spelled}", verdict(rows), folder)
         plot(rows, folder / f"quality-{name}-{steps}.png")
         measured[f"quality {spelled}"] = rows
     if args.results:

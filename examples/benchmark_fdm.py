@@ -9,7 +9,6 @@ the same settings. Seeds are the outer loop: whatever is done when the script is
 """
 
 import argparse
-import csv
 import json
 import statistics
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from diffusers_fastdiff.errors import check_writable, require
 from diffusers_fastdiff.evaluation.digits import evaluate_digits
+from diffusers_fastdiff.evaluation.tables import write_table
 from diffusers_fastdiff.models.unet_edm import EDMUNet2DModel
 from diffusers_fastdiff.numerics.momentum import warmup_clamp
 from diffusers_fastdiff.pipelines.pipeline_edm import EDMPipeline
@@ -135,10 +135,7 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def write(args: argparse.Namespace, table: list[dict]) -> None:
-    with (args.output_dir / "fdm.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_table(table, args.output_dir / "fdm")
     lines = ["| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0])]
     for entry in table:
         cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in entry.values()]

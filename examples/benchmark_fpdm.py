@@ -9,7 +9,6 @@ them on fewer steps.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from diffusers_fastdiff import (
 )
 from diffusers_fastdiff.errors import check_writable, require
 from diffusers_fastdiff.evaluation.digits import evaluate_digits
+from diffusers_fastdiff.evaluation.tables import report
 from diffusers_fastdiff.models.fixed_point_dit_blocks import FixedPointDiTBlock
 from diffusers_fastdiff.models.transformer_fixed_point_dit import read_preset
 from diffusers_fastdiff.training.validation import sample_latents
@@ -270,21 +270,6 @@ def measure(name, pipe, steps, config, num_images, seeds, solver, outer) -> Iter
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         row |= {key: f"{statistics.mean(values):.4f}", f"{key} +-": f"{spread:.4f}"}
     yield row
-
-
-def report(part: str, rows: Iterator[dict], folder: Path) -> list[dict]:
-    """Print rows as they come and write them to <folder>/<part>.csv."""
-    collected = []
-    for row in rows:
-        if not collected:
-            print(f"\n## {part}\n| " + " | ".join(row) + " |\n|" + "---|" * len(row), flush=True)
-        collected.append(row)
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-        with (folder / f"{part}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(collected)
-    return collected
 
 
 def plot(rows: list[dict], path: Path) -> None:

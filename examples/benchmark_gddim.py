@@ -2,41 +2,34 @@
 
     python examples/benchmark_gddim.py                         # some minutes on a laptop
     python examples/benchmark_gddim.py --parts mixture         # coefficients | mixture | trained
-    python examples/benchmark_gddim.py --parts card --num_images 1000 --evaluations 50 --output_dir model_cards/results
 
 * coefficients: seconds for the matrices of a run, computed anew, and what twice the quadrature changes in them.
 * mixture: a mixture of Gaussians under critically damped Langevin diffusion (CLD), for which the network is known exactly.
   `error` is the rms difference of the positions from the probability flow (Runge-Kutta at 1e-9), for deterministic samplers;
   `distance` the sliced Wasserstein distance from exact samples, whose own value says what so many samples can resolve.
 * trained: the embedded digits models. `error` is that of the images from the adaptive Runge-Kutta run from the same noise.
-* card (only if asked for): the numbers of the model cards, <output_dir>/<model>.json.
 
 Every sampler runs through `GDDIMScheduler`. The mixture is sampled down to t = 1e-3, without the denoising step.
 """
 
 import argparse
-import csv
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import diffusers
 import torch
 
-import diffusers_fastdiff
 from diffusers_fastdiff import GDDIMScheduler, load_pretrained
 from diffusers_fastdiff.errors import check_writable, require
 from diffusers_fastdiff.evaluation.digits import evaluate_digits
+from diffusers_fastdiff.evaluation.tables import report
 from diffusers_fastdiff.numerics import exponential_integrator
 from diffusers_fastdiff.numerics.phase_space import CLDProcess
 from diffusers_fastdiff.numerics.time_grids import hybrid_grid
 from diffusers_fastdiff.pipelines.probability_flow import integrate_probability_flow
 
-PARTS = ("coefficients", "mixture", "trained", "card")
+PARTS = ("coefficients", "mixture", "trained")
 EULER, SSCS = {"sampler": "euler_maruyama"}, {"sampler": "sscs", "stochasticity": 1.0}
 POWER, CHOLESKY = {"time_grid": "power"}, {"time_grid": "power", "parametrization": "L"}
 SAMPLERS = (
@@ -185,55 +178,7 @@ def quality_row(model: str, sampler: str, runs: dict, exact: dict, labels: torch
     return row
 
 
-def card(name: str, count: int, num_images: int, seeds: list[int]) -> dict:
-    """As saved, without guidance and with."""
-    pipe, labels, results = load_pretrained(name), torch.arange(num_images) % 10, []
-    pipe.set_progress_bar_config(disable=True)
-    for scale in (1.0, 1.5):
-        runs = []
-        for seed in seeds:
-            generator = torch.Generator().manual_seed(seed)
-            options = {"num_inference_steps": count, "guidance_scale": scale, "output_type": "pt", "generator": generator}
-            runs.append(evaluate_digits(pipe(labels, **options).images * 2 - 1, labels))
-        summary = {"guidance_scale": scale}
-        for key in [key for key in runs[0] if key != "num_images"]:
-            values = [run[key] for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            summary[key] = {"mean": statistics.mean(values), "std": spread}
-        results.append(summary)
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "num_images": num_images,
-        "seeds": seeds,
-        "num_inference_steps": count,
-        "scheduler": f"GDDIMScheduler (order {pipe.scheduler.config.order})",
-        "parameters": pipe.unet.num_parameters(),
-        "versions": {
-            "diffusers_fastdiff": diffusers_fastdiff.__version__,
-            "diffusers": diffusers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "results": results,
-    }
-
-
 # ---- reports -------------------------------------------------------------------------------------------------------------
-
-
-def report(part: str, rows: Rows, folder: Path) -> list[dict]:
-    """Print rows as they come and write them to <folder>/<part>.csv."""
-    collected = []
-    for row in rows:
-        if not collected:
-            print(f"\n## {part}\n| " + " | ".join(row) + " |\n|" + "---|" * len(row), flush=True)
-        collected.append(row)
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
-        with (folder / f"{part}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(collected)
-    return collected
 
 
 def plot(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
@@ -256,7 +201,7 @@ def plot(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:3]))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--evaluations", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--num_samples", type=int, default=10_000, help="of the mixture")
     parser.add_argument("--models", nargs="+", default=["digits-cld", "digits-blur"], help="embedded models")
@@ -281,10 +226,6 @@ def main() -> None:
         for name in args.models:
             own = [row for row in rows if row["model"] == name]
             plot(own, ("error", "frechet_distance"), folder / f"{name}.png")
-    if "card" in args.parts:
-        for name in args.models:
-            numbers = card(name, max(args.evaluations), args.num_images, args.seeds)
-            (folder / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

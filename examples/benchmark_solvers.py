@@ -10,8 +10,6 @@ trained on, and searched peers were not searched on.
 """
 
 import argparse
-import csv
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,9 @@ from tqdm.auto import tqdm
 
 from diffusers_fastdiff import AMEDScheduler, IPNDMMultistepScheduler, load_pretrained
 from diffusers_fastdiff.errors import check_writable, require
-from diffusers_fastdiff.evaluation.digits import evaluate_digits
+from diffusers_fastdiff.evaluation.digits import digit_estimates
+from diffusers_fastdiff.evaluation.intervals import pooled, rms_estimate
+from diffusers_fastdiff.evaluation.tables import report, write_table
 from diffusers_fastdiff.numerics.linear_solver import as_linear_solver
 from diffusers_fastdiff.numerics.sigma_grids import logsnr_grid, make_grid
 from diffusers_fastdiff.numerics.solver_methods import Solver
@@ -36,8 +36,9 @@ from diffusers_fastdiff.training.randomness import BatchRandom, derive_seed
 
 REFERENCE_EVALUATIONS = 1000
 NOTE = (
-    "Error: root mean squared difference per element to a {reference}-evaluation reference, mean ± standard deviation over the "
-    "seeds {seeds}, {images} images each, guidance {guidance}. Evaluations are counted, with AFS where a solver has it."
+    "Error: root mean squared difference per element to a {reference}-evaluation reference over {images} images of each of "
+    "the seeds {seeds}, guidance {guidance}; low and high: 95 % interval of the bootstrap over images. "
+    "Evaluations are counted, with AFS where a solver has it."
 )
 
 
@@ -200,20 +201,22 @@ def reference(denoiser, noise, choice, evaluations: int, cache: Path | None) -> 
 
 def measure(args, denoiser, pipe, item: Entry, sets: dict[int, tuple]) -> dict:
     """One row of the table."""
-    errors, distances, seconds, evaluations = [], [], [], 0
+    squares, distances, seconds, evaluations = [], [], [], 0
     for noise, choice, target in sets.values():
         begin = time.perf_counter()
         end, evaluations = run_scheduler(denoiser, pipe, item, noise, choice)
         seconds.append(time.perf_counter() - begin)
-        errors.append(float((end - target).square().mean().sqrt()))
+        squares.append((end - target).square().flatten(1).mean(1))
         if args.model.startswith("digits"):
-            distances.append(evaluate_digits(end, choice)["frechet_distance"])
-    spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0  # noqa: E731
-    row = {"solver": item.name, "family": item.family, "evaluations": evaluations, "error": statistics.mean(errors)}
-    row |= {"error +-": spread(errors), "seconds": statistics.mean(seconds)}
-    if distances:
-        row |= {"frechet_distance": statistics.mean(distances), "frechet_distance +-": spread(distances)}
-    return row
+            distances.append(digit_estimates(end, choice)["frechet_distance"])
+    row = {"solver": item.name, "family": item.family, "evaluations": evaluations}
+    row |= with_interval("error", rms_estimate(torch.cat(squares))) | {"seconds": statistics.mean(seconds)}
+    return row | (with_interval("frechet_distance", pooled(distances)) if distances else {})
+
+
+def with_interval(name: str, number: dict) -> dict:
+    low, high = number["interval"]
+    return {name: number["value"], f"{name} low": low, f"{name} high": high}
 
 
 def verdict(rows: list[dict], budgets: list[int]) -> Iterator[dict]:
@@ -227,10 +230,9 @@ def verdict(rows: list[dict], budgets: list[int]) -> Iterator[dict]:
         row = {"evaluations": nfe}
         for family, winner in best.items():
             row[f"best {family}"] = f"{winner['solver']}: {winner['error']:.4f}" if winner else "-"
-        if best["learned"]:
-            for family in ("training-free", "searched"):
-                if best[family]:
-                    row[f"learned / {family}"] = f"{best['learned']['error'] / best[family]['error']:.2f}"
+        for family in ("training-free", "searched"):
+            pair = best["learned"], best[family]
+            row[f"learned / {family}"] = f"{pair[0]['error'] / pair[1]['error']:.2f}" if all(pair) else "-"
         yield row
 
 
@@ -261,14 +263,6 @@ def step_costs(config: dict, shape: tuple[int, ...] = (1, 4, 64, 64), runs: int 
         yield {"scheduler": name, "microseconds per step": f"{1e6 * seconds:.0f}", "relative": f"{seconds / first:.2f}"}
 
 
-def show(rows: list[dict], title: str) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print(f"\n## {title}\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        cells = (row.get(key, "") for key in columns)
-        print("| " + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True)
-
-
 def plot(rows: list[dict], path: Path) -> None:
     plt = require("matplotlib.pyplot", "eval")
     figure, axis = plt.subplots(figsize=(9, 6))
@@ -285,6 +279,9 @@ def plot(rows: list[dict], path: Path) -> None:
             label = {"stock": "diffusers", "ours": "iPNDM family"}.get(family, f"best {family}") if number == 0 else None
             axis.plot(list(best), list(best.values()), marker="o", linewidth=width, color=color, label=label)
     axis.set(xscale="log", yscale="log", xlabel="model evaluations", ylabel="error to the reference")
+    budgets = sorted({row["evaluations"] for row in rows})
+    axis.set_xticks(budgets, budgets)
+    axis.set_xticks([], minor=True)
     axis.set_ylim(top=1.5)  # Heun diverges with few steps
     axis.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -306,7 +303,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="benchmark-solvers")
     args = parser.parse_args()
     if args.step_costs:
-        show(list(step_costs(DDIMScheduler().config)), "cost of `step`, latents 1 x 4 x 64 x 64")
+        report("cost of `step`, latents 1 x 4 x 64 x 64", step_costs(DDIMScheduler().config))
         return
     folder = check_writable(args.output_dir)
     if args.model == "mixture":
@@ -334,19 +331,14 @@ def main() -> None:
             items.append(searched(denoiser, config, nfe, *search, search_target))
         new = [measure(args, denoiser, pipe, item, sets) for item in tqdm(items, desc=f"{nfe} evaluations")]
         new = [row for row in new if row["error"] == row["error"]]  # some orders of diffusers' solvers give NaN at few steps
-        show(sorted(new, key=lambda row: row["error"]), f"{tag}, {nfe} evaluations")
+        report(f"{tag}, {nfe} evaluations", sorted(new, key=lambda row: row["error"]))
         rows += new
-    results = list(verdict(rows, args.nfe))
-    show(results, "best of each kind")
+    results = report("best of each kind", verdict(rows, args.nfe))
     note = NOTE.format(
         reference=args.reference_evaluations, seeds=args.seeds, images=args.num_images, guidance=args.guidance_scale
     )
     print(f"\n{note}")
-    with (folder / f"{tag}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / f"{tag}.json").write_text(json.dumps({"note": note, "best": results, "rows": rows}, indent=2) + "\n")
+    write_table(rows, folder / tag, note=note, best=results)
     plot(rows, folder / f"{tag}.png")
 
 

@@ -5,18 +5,16 @@ python examples/evaluate_digits.py --model digits-fpdm --output model_cards/resu
 
 import argparse
 import json
-import platform
-import statistics
 import sys
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 
-import diffusers_fastdiff
 from diffusers_fastdiff.errors import check_writable
-from diffusers_fastdiff.evaluation.digits import evaluate_digits
+from diffusers_fastdiff.evaluation.digits import digit_estimates
+from diffusers_fastdiff.evaluation.intervals import pooled
+from diffusers_fastdiff.evaluation.report import versions
 from diffusers_fastdiff.pretrained import open_pipeline
 from diffusers_fastdiff.training.randomness import derive_seed
 from diffusers_fastdiff.training.validation import sample_latents
@@ -62,15 +60,11 @@ def main() -> None:
         runs = []
         for seed in args.seeds:
             images = draw(pipe, labels, args.num_inference_steps, scale, seed)
-            runs.append(evaluate_digits(images, labels))
-            print(f"guidance {scale}, seed {seed}: {runs[-1]}", flush=True)
-        summary = {
-            key: {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-            for key in runs[0]
-            if key != "num_images"
-            for values in [[run[key] for run in runs]]
-        }
-        results.append({"guidance_scale": scale, **summary})
+            runs.append(digit_estimates(images, labels))
+            print(
+                f"guidance {scale}, seed {seed}: " + ", ".join(f"{k} {v['value']:.4f}" for k, v in runs[-1].items()), flush=True
+            )
+        results.append({"guidance_scale": scale} | {name: pooled([run[name] for run in runs]) for name in runs[0]})
     report = {
         "command": " ".join(["python", *sys.argv]),
         "num_images": args.num_images,
@@ -78,12 +72,7 @@ def main() -> None:
         "num_inference_steps": args.num_inference_steps,
         "scheduler": type(pipe.scheduler).__name__,
         "parameters": model.num_parameters(),
-        "versions": {
-            "diffusers_fastdiff": diffusers_fastdiff.__version__,
-            "diffusers": diffusers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "results": results,
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")

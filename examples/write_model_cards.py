@@ -34,7 +34,8 @@ CARD = """---
 
 {table}
 
-{num_images} images of each of the seeds {seeds}, {steps} steps of {scheduler}, mean ± standard deviation over the seeds.
+{num_images} images of each of the seeds {seeds}, {steps} steps of {scheduler}; mean over the seeds with the
+95 % interval of the bootstrap over images. Another training run of the same model would differ by more.
 
 * *Read as intended*: share of images that the embedded classifier gives the class that was asked for.
 * *Fréchet distance*: to the 1797 real digits in the 64 features of that classifier. A measure for this data only, not
@@ -74,13 +75,17 @@ def propagation(name: str) -> str:
     return "\n".join(parts) + "\n"
 
 
+def interval(value: float, low: float, high: float, digits: int) -> str:
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def card(name: str, facts: dict) -> str:
     report = json.loads((FOLDER / "results" / f"{name}.json").read_text())
     rows = ["| guidance | read as intended | Fréchet distance | nearest digit | closer than real |", "|---|---|---|---|---|"]
     for result in report["results"]:
-        number = lambda key, digits, r=result: f"{r[key]['mean']:.{digits}f} ± {r[key]['std']:.{digits}f}"  # noqa: E731
-        cells = [str(result["guidance_scale"]), number("accuracy", 4), number("frechet_distance", 2)]
-        cells += [number("nearest_distance", 3), number("closer_than_real", 4)]
+        shown = {"accuracy": 4, "frechet_distance": 2, "nearest_distance": 3, "closer_than_real": 4}
+        cells = [str(result["guidance_scale"])]
+        cells += [interval(result[key]["value"], *result[key]["interval"], digits) for key, digits in shown.items()]
         rows.append("| " + " | ".join(cells) + " |")
     return CARD.format(
         metadata=ModelCardData(
@@ -96,7 +101,7 @@ def card(name: str, facts: dict) -> str:
         seeds=", ".join(map(str, report["seeds"])),
         steps=report["num_inference_steps"],
         scheduler=report["scheduler"],
-        real=report["results"][0]["nearest_distance_real"]["mean"],
+        real=report["results"][0]["nearest_distance_real"]["value"],
         evaluation=report["command"],
         more=propagation(name),
         limits=facts["limits"],
@@ -135,7 +140,7 @@ images = pipe(class_labels=[0, 1, 2, 3], guidance_scale={guidance}, num_inferenc
 
 {note}
 
-`python examples/benchmark_solvers.py{flags}`
+`{benchmark}`
 
 ## Limits
 
@@ -163,20 +168,18 @@ def solver_card(name: str) -> str:
         "stock": best("stock", "ours"),
         "searched": best("searched"),
     }
-    values = {key: f"{row['error']:.4f} ± {row['error +-']:.4f}" for key, row in cells.items()}
-    values |= {
-        f"{key}_distance": f"{row['frechet_distance']:.2f} ± {row['frechet_distance +-']:.2f}" for key, row in cells.items()
-    }
+    number = lambda row, key, digits: interval(row[key], row[f"{key} low"], row[f"{key} high"], digits)  # noqa: E731
+    values = {key: number(row, "error", 4) for key, row in cells.items()}
+    values |= {f"{key}_distance": number(row, "frechet_distance", 2) for key, row in cells.items()}
     family = "lms" if config["student"] == "lms" else config["mode"]
     attach = 'load_pretrained("{0}").attach(pipe)' if family == "attached" else 'pipe.scheduler = load_pretrained("{0}")'
-    flags = "" if guidance == 1 else f" --guidance_scale {guidance:g}"
     return SOLVER_CARD.format(
         metadata=ModelCardData(
             license="apache-2.0", library_name="diffusers", tags=["diffusers_fastdiff", "scheduler", config["student"]]
         ).to_yaml(),
         name=name, description=FAMILIES[family].format(student=config["student"]), model=fitted["model_id"], guidance=guidance,
         evaluations=evaluations, attach=attach.format(name), command=report["command"], steps=report["steps"],
-        teacher=fitted["teacher"], stock_name=cells["stock"]["solver"], note=results["note"], flags=flags,
+        teacher=fitted["teacher"], stock_name=cells["stock"]["solver"], note=results["note"], benchmark=results["command"],
         searched_name=cells["searched"]["solver"].removeprefix("searched: "), **values,
     )  # fmt: skip
 

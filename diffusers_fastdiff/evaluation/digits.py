@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..training.data import DigitsDataset
-from .metrics import frechet_distance, nearest_distances
+from .intervals import bootstrap_error, estimate, mean_estimate, share_estimate
+from .metrics import FrechetReference, moments, nearest_distances
 
 _WEIGHTS = Path(__file__).parent / "digits_classifier.safetensors"
 
@@ -42,13 +43,20 @@ def load_digits_classifier() -> DigitsClassifier:
     return classifier.eval()
 
 
-@torch.no_grad()
 def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Numbers for samples of digits.
+    """The values of `digit_estimates` without their intervals, and "num_images"."""
+    estimates = digit_estimates(images, labels, bootstrap=0)
+    return {"num_images": len(images)} | {name: each["value"] for name, each in estimates.items()}
+
+
+@torch.no_grad()
+def digit_estimates(images: torch.Tensor, labels: torch.Tensor, bootstrap: int = 50) -> dict[str, dict[str, Any]]:
+    """Numbers for samples of digits, with intervals (see `intervals`).
 
     Args:
         images: (B, 1, 8, 8) in [-1, 1].
         labels: intended classes, (B,).
+        bootstrap: resampled sets for the standard error of the Frechet distance, at least 2; 0 for none.
 
     Returns:
         "accuracy" (share read as intended), "frechet_distance" to the real digits in the features of the classifier,
@@ -58,11 +66,13 @@ def evaluate_digits(images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any
     classifier, real = load_digits_classifier(), DigitsDataset()
     distances = nearest_distances(images, real.images) / 2  # in grey levels 0 .. 1
     real_distances = nearest_distances(real.images, real.images, exclude_self=True) / 2
+    features, reference = classifier.features(images), FrechetReference(moments(classifier.features(real.images)))
+    measure = lambda weights: reference.distance(moments(features, weights))  # noqa: E731
+    error = bootstrap_error(measure, len(images), bootstrap) if bootstrap else None
     return {
-        "num_images": len(images),
-        "accuracy": float((classifier(images).argmax(1) == labels).double().mean()),
-        "frechet_distance": frechet_distance(classifier.features(images), classifier.features(real.images)),
-        "nearest_distance": float(distances.mean()),
-        "nearest_distance_real": float(real_distances.mean()),
-        "closer_than_real": float((distances < real_distances.quantile(0.01)).double().mean()),
+        "accuracy": share_estimate(classifier(images).argmax(1) == labels),
+        "frechet_distance": estimate(measure(torch.ones(len(images))), error),
+        "nearest_distance": mean_estimate(distances),
+        "nearest_distance_real": mean_estimate(real_distances),
+        "closer_than_real": share_estimate(distances < real_distances.quantile(0.01)),
     }

@@ -1,7 +1,7 @@
 """All metrics of a set of images, each with an interval and everything needed to get it again."""
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,6 +13,7 @@ import diffusers_fastdiff
 
 from .feature_file import FeatureFile, FeatureRows
 from .feature_table import FeatureTable, even_odd
+from .intervals import estimate, mean_estimate, resamplings
 from .metrics import FrechetReference, Moments, covered, inception_score, kernel_distances, moments
 from .reference import Reference
 
@@ -55,10 +56,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of the images of `table` against a reference.
 
-    An interval is the value -+ 1.96 standard errors. They come from the bootstrap over images: by resampling for FID, sFID and
-    Inception Score, in closed form for means (precision, recall, CLIP score; the manifolds are kept). That of KID comes from
-    the spread of its subsets. The interval is centred on the value because resampled sets, which hold images twice, have a
-    larger bias of their own. It is about the images at hand: training again varies more.
+    Intervals: see `intervals`. Standard errors come from the bootstrap over images: by resampling for FID, sFID and Inception
+    Score, in closed form for means (precision, recall, CLIP score; the manifolds are kept). That of KID comes from the spread
+    of its subsets.
 
     Args:
         clip_scores: of each image, see `clip_score.clip_scores`.
@@ -77,7 +77,7 @@ def evaluate(
         values["kid"] = _kid(table.pooled, reference.table.pooled, config)
     values |= {name: _coverage(name, table, reference.table, config) for name in ("precision", "recall") if name in chosen}
     if "clip_score" in chosen:
-        values["clip_score"] = _mean(clip_scores)
+        values["clip_score"] = mean_estimate(clip_scores)
     return {
         "num_images": len(table),
         "images": table.info,
@@ -154,23 +154,18 @@ def _frechet_and_inception(table: FeatureTable, reference: Reference, config: Ev
         measures["inception_score"] = lambda weights: float(inception_score(table.logits, groups, weights).mean())
     points = {name: measure(None) for name, measure in measures.items()}
     samples: dict[str, list[float]] = {name: [] for name in measures}
-    for weights in tqdm(_resamplings(len(table), config), "bootstrap", config.bootstrap, disable=not measures):
+    for weights in tqdm(
+        resamplings(len(table), config.bootstrap, config.seed), "bootstrap", config.bootstrap, disable=not measures
+    ):
         for name, measure in measures.items():
             samples[name].append(measure(weights))
     spread = {name: torch.tensor(values, dtype=torch.float64).std().item() for name, values in samples.items() if values}
-    return {name: _value(point, spread.get(name)) for name, point in points.items()}
+    return {name: estimate(point, spread.get(name)) for name, point in points.items()}
 
 
 def _frechet(features: FeatureFile, statistics: Moments) -> Callable[[torch.Tensor | None], float]:
     reference = FrechetReference(statistics)
     return lambda weights: reference.distance(moments(features, weights))
-
-
-def _resamplings(count: int, config: EvaluationConfig) -> Iterator[torch.Tensor]:
-    """How often each of `count` images is drawn, when `count` are drawn with replacement."""
-    generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(config.bootstrap):
-        yield torch.bincount(torch.randint(count, (count,), generator=generator), minlength=count).double()
 
 
 def _groups(count: int, config: EvaluationConfig) -> torch.Tensor:
@@ -189,13 +184,13 @@ def _kid(features, reference, config: EvaluationConfig) -> dict[str, Any]:
     error = None
     if len(distances) > 1:  # the spread of a mean over m images, scaled to all of them
         error = float(distances.std()) * (size / smallest) ** 0.5
-    return _value(float(distances.mean()), error) | {"subset_size": size}
+    return estimate(float(distances.mean()), error) | {"subset_size": size}
 
 
 def _coverage(name: str, table: FeatureTable, reference: FeatureTable, config: EvaluationConfig) -> dict[str, Any]:
     generated, real = (_spaced(side.pooled, config.precision_recall_size) for side in (table, reference))
     queries, manifold = (generated, real) if name == "precision" else (real, generated)
-    return _mean(covered(queries, manifold, config.neighbours).double()) | {"num_images": [len(generated), len(real)]}
+    return mean_estimate(covered(queries, manifold, config.neighbours).double()) | {"num_images": [len(generated), len(real)]}
 
 
 def _spaced(features: FeatureFile, count: int) -> FeatureFile | FeatureRows:
@@ -217,17 +212,3 @@ def _noise_floor(table: FeatureTable, config: EvaluationConfig, chosen: set[str]
         halves = [FeatureRows(table.pooled, half) for half in (first, second)]
         result["kid"] = float(kernel_distances(*halves, config.kid_subsets, size, config.seed).mean())
     return result
-
-
-def _mean(values: torch.Tensor) -> dict[str, Any]:
-    return _value(float(values.mean()), float(values.std(correction=0)) / len(values) ** 0.5)
-
-
-def _value(value: float, standard_error: float | None) -> dict[str, Any]:
-    if standard_error is None:
-        return {"value": value}
-    return {
-        "value": value,
-        "standard_error": standard_error,
-        "interval": [value - 1.96 * standard_error, value + 1.96 * standard_error],
-    }

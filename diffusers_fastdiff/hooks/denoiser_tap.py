@@ -1,5 +1,6 @@
 """What a learned solver sees of the denoiser, and what it tells it: bottleneck features out, a timestep per sample in."""
 
+import inspect
 import weakref
 from typing import Any
 
@@ -26,6 +27,8 @@ class DenoiserTap(ModelHook):
         self._model = weakref.ref(model)
         self._timesteps_for = timesteps_for
         self._null_label = getattr(model, "null_label", None)
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._label_place = names.index("class_labels") if "class_labels" in names else len(names)
         self._conditional_first: bool | None = None
         self.output: torch.Tensor | None = None
         """Raw output of the last model call."""
@@ -49,7 +52,8 @@ class DenoiserTap(ModelHook):
             else:
                 args = (args[0], timesteps, *args[2:])
         if self._conditional_first is None:
-            self._conditional_first = self._is_guided_by_labels(kwargs.get("class_labels"))
+            given = args[self._label_place] if len(args) > self._label_place else kwargs.get("class_labels")
+            self._conditional_first = self._is_guided_by_labels(given)
         output = self.fn_ref.original_forward(*args, **kwargs)
         self.output = output[0] if isinstance(output, tuple) else output.sample
         self.calls += 1

@@ -1,5 +1,7 @@
 """Images from the U-Nets of EDM and FDM, in pixel space."""
 
+import inspect
+
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -97,10 +99,12 @@ class EDMPipeline(DiffusionPipeline):
         state = latents.to(device) * self.scheduler.init_noise_sigma
 
         # 3. Reverse process
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generators} if takes_generator else {}
         for timestep in self.progress_bar(self.scheduler.timesteps):
             sample = self.scheduler.scale_model_input(state, timestep)
             output = self._predict(sample, timestep, labels, guidance_scale)
-            state = self.scheduler.step(output, timestep, state, generator=generators).prev_sample
+            state = self.scheduler.step(output, timestep, state, **options).prev_sample
 
         # 4. Images
         images = state if output_type == "latent" else (state / 2 + 0.5).clamp(0, 1).float()

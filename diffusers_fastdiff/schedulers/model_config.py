@@ -20,8 +20,12 @@ from ..numerics.parametrization import PREDICTION_TYPES
 from ..numerics.preconditioning import Preconditioning
 from ..numerics.sigma_grids import check_grid, make_grid
 
-# DPMSolverSDEScheduler raises without torchsde, which would make `scheduler.compatibles` unusable.
-COMPATIBLES = [entry.name for entry in KarrasDiffusionSchedulers if entry.name != "DPMSolverSDEScheduler"]
+# DPMSolverSDEScheduler raises without torchsde, which would make `scheduler.compatibles` unusable; EDMEulerScheduler is for
+# other models.
+_NOT_COMPATIBLE = ("DPMSolverSDEScheduler", "EDMEulerScheduler")
+COMPATIBLES = [entry.name for entry in KarrasDiffusionSchedulers if entry.name not in _NOT_COMPATIBLE]
+GRID_NAMES = {"karras": "polynomial", "exponential": "logsnr"}
+"""What EDM schedulers call `sigma_schedule`, and our names."""
 SPACINGS = ("linspace", "leading", "trailing")
 
 
@@ -40,14 +44,28 @@ _PRECONDITIONING = {
 
 
 def with_model_family(config: Any) -> Any:
-    """Configs of flow-matching and EDM schedulers do not say what the model predicts; their entries do."""
+    """Configs of flow-matching and EDM schedulers do not say what the model predicts; their entries do.
+
+    Raises:
+        ValueError: for configs whose models need a scheduler of their own.
+    """
     if not isinstance(config, dict):
         return config
+    if config.get("process", "vp") != "vp":
+        raise ValueError(f"`config` is for models of the process {config['process']!r}, which only GDDIMScheduler drives.")
     if "shift" in config and "prediction_type" not in config:  # only flow-matching schedulers have the one without the other
         return {**config, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
+    is_edm = "sigma_data" in config and "_formulation" not in config  # of one of diffusers' EDM schedulers
+    if "_formulation" in config or is_edm:
+        config = {**config, "sigma_schedule": GRID_NAMES.get(config.get("sigma_schedule"), config.get("sigma_schedule"))}
     if "_formulation" in config:  # of an FDM scheduler
         numbers = {own: config[theirs] for theirs, own in _PRECONDITIONING.items() if theirs in config}
         return {**config, "preconditioning": {"kind": config["_formulation"], **numbers}}
+    if is_edm:
+        if config.get("prediction_type") != "epsilon":
+            raise ValueError(f"`prediction_type` of EDM schedulers must be 'epsilon', got {config.get('prediction_type')!r}.")
+        numbers = {name: config[name] for name in ("sigma_data", "sigma_min", "sigma_max") if name in config}
+        return {**config, "preconditioning": {"kind": "edm", **numbers}}
     return config
 
 
@@ -83,7 +101,7 @@ def make_model(config: Any, levels: DiscreteNoiseLevels) -> NoiseModel:
     Raises:
         ValueError: for an unknown prediction type or preconditioning.
     """
-    if getattr(config, "preconditioning", None) is not None:
+    if config.preconditioning is not None:
         return PreconditionedModel(Preconditioning(**config.preconditioning))
     if config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"`prediction_type` must be one of {PREDICTION_TYPES}, got {config.prediction_type!r}.")
@@ -197,10 +215,13 @@ def custom_grid(
         raise ValueError("Give either `sigmas` or `timesteps`, not both.")
     if timesteps is not None:
         times = torch.as_tensor(timesteps, dtype=torch.float64).flatten()
-        flow = isinstance(model, RectifiedFlowModel)
-        given = times / config.num_train_timesteps if flow else levels.sigma(times)
-        if len(given) > 1:
-            check_grid(times + 1, "timesteps")
+        if isinstance(model, PreconditionedModel):
+            given = model.sigma(times)
+        else:
+            flow = isinstance(model, RectifiedFlowModel)
+            given = times / config.num_train_timesteps if flow else levels.sigma(times)
+            if len(given) > 1:
+                check_grid(times + 1, "timesteps")
     else:
         given = torch.as_tensor(sigmas, dtype=torch.float64).flatten()
     if len(given) < 1:

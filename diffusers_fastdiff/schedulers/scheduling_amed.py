@@ -40,7 +40,7 @@ class AMEDScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type: of the
             model, as in the schedulers of diffusers.
         preconditioning: of raw networks of the EDM family, the arguments of [`Preconditioning`]; then the entries above do not
-            count. `from_config` of the FDM schedulers sets it.
+            count. `from_config` of EDM schedulers sets it.
         student: the solver: "amed", "dpm2", "dpmpp", "euler", "ipndm", or the learned linear multistep "lms".
         solver_order: highest order of "ipndm" (1 to 4) and "dpmpp" (1 to 3).
         data_prediction: "dpmpp" on denoised samples rather than on noise.
@@ -362,7 +362,7 @@ def constant_coefficients(predictor: AMEDPredictor, grid: list[float]) -> list[A
     return [AMEDCoefficients(*map(float, values)) for values in predicted]
 
 
-def sample_shape(model: torch.nn.Module) -> list[int]:
-    """Channels and side of what a denoiser works on."""
-    side = model.config.sample_size
-    return [model.config.in_channels, side if isinstance(side, int) else max(side)]
+def sample_shape(model: torch.nn.Module) -> list[int | None]:
+    """Channels and side of what a denoiser works on; None for what its config does not fix."""
+    side = model.config.get("sample_size")
+    return [model.config.get("in_channels"), side if isinstance(side, int | None) else max(side)]

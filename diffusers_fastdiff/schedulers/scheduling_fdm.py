@@ -26,12 +26,12 @@ from ..numerics.solver_methods import Solver
 from ..numerics.stochastic import Churn
 from .driven import DrivenSchedulerMixin
 from .fdm_run import ChurnedRun, Draw, SinglestepDriverRun
+from .model_config import GRID_NAMES
 from .run_index import RunIndex
 from .solver_driver import SolverDriver
 
 SOLVERS = ("heun", "euler", "dpmpp_multistep", "dpmpp_singlestep", "ipndm")
 _ORDERS = {"heun": 2, "euler": 1, "dpmpp_multistep": 2, "dpmpp_singlestep": 3, "ipndm": 4}
-_GRID_NAMES = {"karras": "polynomial", "exponential": "logsnr"}
 
 
 class _FDMScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -101,14 +101,21 @@ class _FDMScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         momentum.
 
         Raises:
-            ValueError: for a config of another formulation, or the stochastic algorithm of `EDMDPMSolverMultistepScheduler`.
+            ValueError: for a config of another formulation or another kind of model, or the stochastic algorithm of
+                `EDMDPMSolverMultistepScheduler`.
         """
-        theirs = config.get("_formulation", cls._kind) if isinstance(config, dict) else cls._kind
+        given = config if isinstance(config, dict) else {}
+        theirs = given.get("_formulation", cls._kind)
         if theirs != cls._kind:
             raise ValueError(
                 f"`config` is for networks in the formulation {theirs!r}, those of {cls.__name__} are in {cls._kind!r}."
             )
-        if isinstance(config, dict) and "sigma_data" in config and "_formulation" not in config:
+        if "_formulation" not in given and not {"beta_start", "shift", "process"}.isdisjoint(given):
+            raise ValueError(
+                f"`config` is of a scheduler for discrete timesteps, flow matching or another process, whose models are no raw "
+                f"networks of the EDM family. {cls.__name__} drives those of `EDMPipeline`."
+            )
+        if "sigma_data" in given and "_formulation" not in given:
             if str(config.get("algorithm_type", "dpmsolver++")) != "dpmsolver++":
                 raise ValueError(f"`algorithm_type` must be 'dpmsolver++', got {config['algorithm_type']!r}.")
             solver = "dpmpp_multistep" if "algorithm_type" in config else "euler"
@@ -197,7 +204,7 @@ class _FDMScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin):
         name = self.config.sigma_schedule
         if name is None:
             return "logsnr" if self.config.solver == "dpmpp_singlestep" else "polynomial"
-        return _GRID_NAMES.get(name, name)
+        return GRID_NAMES.get(name, name)
 
     def _grid(self, num_inference_steps: int | None, sigmas: list[float] | None) -> list[float]:
         ends_at_zero = self.config.final_sigmas_type == "zero"

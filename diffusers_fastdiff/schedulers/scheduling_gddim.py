@@ -5,9 +5,10 @@ Source: Zhang, Tao and Chen, arXiv 2206.05564. The mathematics is in `numerics.e
 
 import itertools
 from collections import deque
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -24,7 +25,7 @@ from ..numerics.reverse_steps import (
 from ..numerics.variance_preserving import log_noise_to_signal
 from .gddim_config import check_config, make_forward_process
 from .gddim_run import OutputConversion, ddim_timesteps, move, output_conversion, plan_evaluations, time_grid
-from .model_config import COMPATIBLES, make_betas
+from .model_config import COMPATIBLES, make_betas, with_model_family
 from .run_index import RunIndex
 
 _ZERO_SNR = 2.0**-24  # alphas_cumprod in the place of 0, as in the multistep schedulers of diffusers
@@ -108,6 +109,19 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps).flip(0)
         self._begin_index = self._step_index = None
+
+    @classmethod
+    def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, **kwargs):
+        """From the config of this or another scheduler.
+
+        Raises:
+            ValueError: for the config of a flow-matching or EDM scheduler.
+        """
+        if isinstance(config, dict) and config.get("process", "vp") == "vp":
+            family = with_model_family(config)
+            if family.get("preconditioning") is not None or family.get("prediction_type") == "flow_prediction":
+                raise ValueError("`config` is of a flow-matching or EDM scheduler, whose models GDDIMScheduler cannot drive.")
+        return super().from_config(config, **kwargs)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

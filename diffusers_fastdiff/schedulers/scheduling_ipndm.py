@@ -28,6 +28,8 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         beta_start, beta_end, beta_schedule, trained_betas: that schedule, as in the schedulers of diffusers.
         rescale_betas_zero_snr: whether it was rescaled to end in pure noise.
         prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
+        preconditioning: of raw networks of the EDM family, the arguments of [`Preconditioning`]; then the entries above do not
+            count. `from_config` of EDM schedulers sets it.
         solver_order: highest order, 1 to 4; the first steps have lower orders.
         variable_step: weights for the steps as they are, instead of for equal steps (iPNDM_v).
         sigmas: noise levels of the evaluations, a searched grid for pipelines that cannot pass one to `set_timesteps`; it fixes
@@ -59,6 +61,7 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
+        preconditioning: dict[str, Any] | None = None,
         solver_order: int = 4,
         variable_step: bool = False,
         sigmas: list[float] | None = None,
@@ -83,7 +86,8 @@ class IPNDMMultistepScheduler(DrivenSchedulerMixin, SchedulerMixin, ConfigMixin)
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, **kwargs):
-        """From the config of this or another scheduler of diffusers; flow-matching ones set "flow_prediction"."""
+        """From the config of this or another scheduler; flow-matching and EDM ones say so in `prediction_type` and
+        `preconditioning`."""
         return super().from_config(with_model_family(config), **kwargs)
 
     def set_timesteps(

@@ -1,0 +1,110 @@
+"""Fill measured numbers and tables into README.md and docs/, from model_cards/results and the tests: nothing by hand.
+
+    python examples/write_readme.py            # or --check, which fails when a page is out of date
+
+What a page has between `<!-- measured: NAME -->` and `<!-- end -->` is written from `BLOCKS[NAME]`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "model_cards" / "results"
+BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->)(\n?).*?(<!-- end -->)", re.DOTALL)
+
+
+def rows(name: str, **wanted) -> list[dict]:
+    """Rows of a result whose columns have the wanted values."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return [row for row in found if all(row[column] == value for column, value in wanted.items())]
+
+
+def fpdm() -> str:
+    (parameters,) = rows("fpdm/parameters", size="XL/2")
+    (memory,) = rows("fpdm/memory", size="XL/2", model="fixed point, average draw")
+    fewer = parameters["fewer than DiT"]
+    return f"XL/2: {fewer} fewer parameters than DiT, {memory['less']} less saved activations at the average draw"
+
+
+def amed(evaluations: int = 5) -> str:
+    found = rows("solvers-digits-dit-g1", evaluations=evaluations)
+    best = lambda *families: min(row["error"] for row in found if row["family"] in families)  # noqa: E731
+    return (
+        f"digits, {evaluations} evaluations: error {best('learned'):.3f}; {best('searched'):.3f} for the best other solver "
+        f"with searched range and grid, {best('stock', 'ours'):.3f} as it comes"
+    )
+
+
+def ipndm(evaluations: int = 10) -> str:
+    found = rows("solvers-digits-dit-g1", evaluations=evaluations)
+    ours, stock = (min((r for r in found if r["family"] == f), key=lambda row: row["error"]) for f in ("ours", "stock"))
+    return (
+        f"digits, {evaluations} evaluations: {ours['solver']} {ours['error']:.3f}, best of diffusers ({stock['solver']}) "
+        f"{stock['error']:.3f}"
+    )
+
+
+def faster_diffusion() -> str:
+    verdict = json.loads((RESULTS / "faster-diffusion-digits-dit-deep.json").read_text())["quality ddim:50"]["verdict"]
+    steps = next(row for row in verdict if row["alternative"].startswith("fewer steps: 25"))
+    return (
+        f"digits, DDIM 50: as fast as {steps['alternative'].removeprefix('fewer steps: ')} ({steps['speed-up']:.1f}x), "
+        f"deviation {steps['its deviation']:.1%} instead of {steps['deviation']:.1%}"
+    )
+
+
+def fdm() -> str:
+    last = max(row["images"] for row in rows("fdm-benchmark"))
+    plain, momentum = (rows("fdm-benchmark", formulation=f, images=last, evaluations=17)[0] for f in ("EDM", "EDM-FDM"))
+    return (
+        f"digits, equal training: Frechet distance {plain['frechet_distance']:.1f} without momentum, "
+        f"{momentum['frechet_distance']:.1f} with it ([why](model_cards/fdm-benchmark.md))"
+    )
+
+
+def gddim() -> str:
+    (best,) = rows("gddim/mixture", sampler="gDDIM order 3", evaluations=20)
+    return f"exact CLD mixture, order 3, 20 evaluations: error {best['error']}"
+
+
+def support() -> str:
+    """The matrix that tests/ecosystem/test_support.py proves."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from tests.ecosystem.pipelines import PIPELINES
+        from tests.ecosystem.support import table
+    finally:
+        sys.path.remove(str(ROOT))
+    return table(tuple(PIPELINES))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "fpdm": fpdm, "amed": amed, "ipndm": ipndm, "faster-diffusion": faster_diffusion, "fdm": fdm, "gddim": gddim,
+    "support": support,
+}  # fmt: skip
+
+
+def pages() -> dict[Path, str]:
+    """What every page should be."""
+    fill = lambda match: match[1] + match[3] + BLOCKS[match[2]]() + match[3] + match[4]  # noqa: E731
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path: BLOCK.sub(fill, path.read_text(encoding="utf-8")) for path in paths}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the measurements")
+    args = parser.parse_args()
+    for path, text in pages().items():
+        if not args.check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"error: {path} is out of date; run `python examples/write_readme.py`.")
+
+
+if __name__ == "__main__":
+    main()
