@@ -71,9 +71,13 @@ class DrivenSchedulerMixin:
 
         Args:
             sample: (B, C, H, W).
-            timestep: element of `timesteps`.
+            timestep: element of `timesteps`. Before `set_timesteps`, any of the training schedule: what the network would be
+                shown at its noise level.
         """
-        return self._driver_at(timestep).scale_input(sample)
+        if self._driver is not None:
+            return self._driver_at(timestep).scale_input(sample)
+        sigma = self._model.sigma_range[1] if timestep is None else float(self._model.sigma(float(timestep)))
+        return sample * float(self._model.input_scale(sigma) / self._model.state_scale(sigma))
 
     def step(
         self,
@@ -104,7 +108,7 @@ class DrivenSchedulerMixin:
 
     def _driver_at(self, timestep: float | torch.Tensor | None) -> SolverDriver:
         if self._driver is None:
-            raise ValueError("`set_timesteps` must be called before `step` and `scale_model_input`.")
+            raise ValueError("`set_timesteps` must be called before `step`.")
         is_new = self._index.current is None
         index = self._index.locate(self.timesteps[0] if timestep is None else timestep, self.timesteps)
         if index >= len(self.timesteps):

@@ -28,12 +28,19 @@ class RunIndex:
 
     @staticmethod
     def find(timestep: float | torch.Tensor, timesteps: torch.Tensor) -> int:
-        """Place of a timestep in the list."""
+        """Place of a timestep in the list. One inside the last interval or behind it, such as 0, means the last evaluation, as
+        in the multistep schedulers of diffusers.
+
+        Raises:
+            ValueError: if the timestep is not in the list, but before its end.
+        """
         value = torch.as_tensor(timestep, dtype=timesteps.dtype, device=timesteps.device)
         places = (timesteps == value).nonzero().flatten()
-        if len(places) == 0:
-            raise ValueError(
-                f"`timestep` {float(value):.6g} is not among those of this run, {timesteps.tolist()}. Pass elements of "
-                "`scheduler.timesteps`."
-            )
-        return int(places[1 if len(places) > 1 else 0])
+        if len(places) > 0:
+            return int(places[1 if len(places) > 1 else 0])
+        if float(value) < float(timesteps[-2:][0]):
+            return len(timesteps) - 1
+        raise ValueError(
+            f"`timestep` {float(value):.6g} is not among those of this run, {timesteps.tolist()}. Pass elements of "
+            "`scheduler.timesteps`."
+        )

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -74,3 +75,37 @@ def test_public_attributes(scheduler_class):
     assert noisy.shape == (2, 4, 8, 8)
     with pytest.raises(AttributeError):
         _ = scheduler.no_such_attribute
+
+
+@pytest.mark.parametrize("scheduler_class", SCHEDULERS)
+def test_input_is_scaled_before_a_run_as_in_it(scheduler_class):
+    scheduler, sample = scheduler_class(), torch.ones(1, 1, 2, 2)
+    scheduler.set_timesteps(evaluations(scheduler_class))
+    first = scheduler.timesteps[0]
+    expected = scheduler.scale_model_input(sample, first)
+    torch.testing.assert_close(scheduler_class().scale_model_input(sample, first), expected)
+    assert scheduler_class().scale_model_input(sample, 0.0).shape == sample.shape
+
+
+TABLES = [cls for cls in SCHEDULERS if "trained_betas" in inspect.signature(cls.__init__).parameters]
+
+
+@pytest.mark.parametrize("scheduler_class", TABLES)
+@pytest.mark.parametrize("timestep", [0, 1])
+def test_the_end_of_the_schedule_means_the_last_evaluation(scheduler_class, timestep):
+    """As in the multistep schedulers of diffusers, whose timesteps need not hold 0 either."""
+    results = []
+    for given in (timestep, None):
+        scheduler, sample = scheduler_class(), torch.linspace(-1, 1, 4).reshape(1, 1, 2, 2)
+        scheduler.set_timesteps(10)
+        at = scheduler.timesteps[-1] if given is None else given
+        assert torch.equal(scheduler.scale_model_input(sample, at), sample)
+        results.append(scheduler.step(0.1 * sample, at, sample, generator=torch.Generator().manual_seed(0)).prev_sample)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("scheduler_class", TABLES)
+def test_listed_betas_are_saved(scheduler_class, tmp_path):
+    scheduler = scheduler_class(trained_betas=np.array([0.1, 0.3]))
+    scheduler.save_pretrained(tmp_path)
+    assert scheduler_class.from_pretrained(tmp_path).betas.tolist() == scheduler.betas.tolist()

@@ -581,7 +581,7 @@ def test_bad_steps_are_refused():
     with pytest.raises(ValueError, match="begin_index"):
         scheduler.set_begin_index(3)
     with pytest.raises(ValueError, match="timestep"):
-        scheduler.step(x, 123.0, x)
+        scheduler.step(x, float(scheduler.timesteps[:2].mean()), x)
     with pytest.raises(ValueError, match="even number of channels"):
         scheduler.step(x[:, :3], scheduler.timesteps[0], x[:, :3])
     with pytest.raises(ValueError, match="shape"):
