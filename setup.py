@@ -28,7 +28,15 @@ EXTRAS = {
     ],
     "ode": ["torchdiffeq>=0.2.4"],
 }  # fmt: skip
-EXTRAS["test"] = [*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["ode"], "pytest>=8.0", "torchmetrics>=1.4"]
+EXTRAS["test"] = [
+    *EXTRAS["train"],
+    *EXTRAS["eval"],
+    *EXTRAS["ode"],
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
+    "pytest>=8.0",
+    "torchmetrics>=1.4",
+]
 EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.0", "ruff>=0.8"]
 
 setup(

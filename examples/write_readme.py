@@ -2,19 +2,27 @@
 
     python examples/write_readme.py            # or --check, which fails when a page is out of date
 
-What a page has between `<!-- measured: NAME -->` and `<!-- end -->` is written from `BLOCKS[NAME]`.
+What a page has between `<!-- measured: NAME -->` and `<!-- end -->` is written from `BLOCKS[NAME]`, and after
+`<!-- options: CLASS -->` stands what can be set in that class.
 """
 
 import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers_fastdiff
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "model_cards" / "results"
-BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->)(\n?).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (measured|options): ([\w-]+) -->)(\n?).*?(<!-- end -->)", re.DOTALL)
 
 
 def rows(name: str, **wanted) -> list[dict]:
@@ -66,6 +74,33 @@ def fdm() -> str:
     )
 
 
+def fdm_table() -> str:
+    """Frechet distance of every formulation at the end of training."""
+    last = max(row["images"] for row in rows("fdm-benchmark"))
+    found = rows("fdm-benchmark", images=last)
+    counts = sorted({row["evaluations"] for row in found})
+    lines = [f"Frechet distance after {last:,} images, mean over {found[0]['seeds']} seeds and standard deviation:", ""]
+    lines += ["| | " + " | ".join(f"{count} evaluations" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for name in dict.fromkeys(row["formulation"] for row in found):
+        own = {row["evaluations"]: row for row in found if row["formulation"] == name}
+        cells = [f"{own[c]['frechet_distance']:.1f} ± {own[c]['frechet_distance +-']:.1f}" for c in counts]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gddim_table() -> str:
+    """Error of samplers on the mixture whose network is known."""
+    found = rows("gddim/mixture")
+    counts = [10, 20, 50]
+    lines = ["Rms error of the positions, exact CLD mixture:", ""]
+    lines += ["| | " + " | ".join(f"{count} evaluations" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for name in dict.fromkeys(row["sampler"] for row in found):
+        own = {row["evaluations"]: row["error"] for row in found if row["sampler"] == name}
+        if all(own.get(count) for count in counts):
+            lines.append(f"| {name} | " + " | ".join(str(own[count]) for count in counts) + " |")
+    return "\n".join(lines)
+
+
 def gddim() -> str:
     (best,) = rows("gddim/mixture", sampler="gDDIM order 3", evaluations=20)
     return f"exact CLD mixture, order 3, 20 evaluations: error {best['error']}"
@@ -82,15 +117,36 @@ def support() -> str:
     return table(tuple(PIPELINES))
 
 
+def options(name: str) -> str:
+    """What can be set in a public class, from its docstring or, for a dataclass, from those of its fields."""
+    owner = getattr(diffusers_fastdiff, name)
+    if dataclasses.is_dataclass(owner):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        pairs = [
+            (field.target.id, text.value.value)
+            for field, text in itertools.pairwise(tree.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        ]
+    else:
+        arguments = inspect.cleandoc(owner.__doc__).partition("Args:\n")[2].partition("\n\n")[0]
+        pairs = re.findall(r"^    (\S.*?): (.*(?:\n     .*)*)", arguments, re.MULTILINE)
+    lines = [f"* `{'`, `'.join(names.split(', '))}`: {' '.join(text.split())}" for names, text in pairs]
+    return "\n".join([f"`{name}`:", "", *lines])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "fpdm": fpdm, "amed": amed, "ipndm": ipndm, "faster-diffusion": faster_diffusion, "fdm": fdm, "gddim": gddim,
-    "support": support,
+    "support": support, "fdm-long": fdm_table, "gddim-long": gddim_table,
 }  # fmt: skip
 
 
 def pages() -> dict[Path, str]:
     """What every page should be."""
-    fill = lambda match: match[1] + match[3] + BLOCKS[match[2]]() + match[3] + match[4]  # noqa: E731
+
+    def fill(match: re.Match) -> str:
+        begin, kind, name, line, end = match.groups()
+        return begin + line + (BLOCKS[name]() if kind == "measured" else options(name)) + line + end
+
     paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     return {path: BLOCK.sub(fill, path.read_text(encoding="utf-8")) for path in paths}
 

@@ -1,16 +1,20 @@
-"""Every Python example of the README runs as it is written."""
+"""Every Python example of the README and of docs/ runs as it is written."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {
+    f"{path.relative_to(ROOT)} {number + 1}": code
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example_runs(number):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name):
     names: dict = {}
-    exec(compile(EXAMPLES[number], f"README example {number + 1}", "exec"), names)
+    exec(compile(EXAMPLES[name], name, "exec"), names)
     assert len(names["images"]) == 4
