@@ -78,9 +78,9 @@ class EDMPipeline(DiffusionPipeline):
         Examples:
 
         ```py
-        >>> from diffusers_fastdiff import EDMPipeline
+        >>> from diffusers_fastdiff import load_pretrained
 
-        >>> pipe = EDMPipeline.from_pretrained("edm-digits")
+        >>> pipe = load_pretrained("digits-edm")  # or EDMPipeline.from_pretrained(your folder or Hub name)
         >>> image = pipe(class_labels=[7], num_inference_steps=17, guidance_scale=1.5).images[0]
         ```
         """
