@@ -16,6 +16,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import diffusers_fastdiff
@@ -74,15 +75,13 @@ def fdm() -> str:
     )
 
 
-def fdm_table() -> str:
-    """Frechet distance of every formulation at the end of training."""
-    last = max(row["images"] for row in rows("fdm-benchmark"))
-    found = rows("fdm-benchmark", images=last)
-    counts = sorted({row["evaluations"] for row in found})
-    lines = [f"Frechet distance after {last:,} images, mean over {found[0]['seeds']} seeds and standard deviation:", ""]
-    lines += ["| | " + " | ".join(f"{count} evaluations" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+def fdm_table(column: str = "evaluations", **fixed) -> str:
+    """Frechet distance of every formulation over one column of the benchmark, the others as they are at the end."""
+    found = rows("fdm-benchmark", **(fixed or {"images": max(row["images"] for row in rows("fdm-benchmark"))}))
+    counts = sorted({row[column] for row in found})
+    lines = ["| | " + " | ".join(f"{count:,} {column}" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
     for name in dict.fromkeys(row["formulation"] for row in found):
-        own = {row["evaluations"]: row for row in found if row["formulation"] == name}
+        own = {row[column]: row for row in found if row["formulation"] == name}
         cells = [f"{own[c]['frechet_distance']:.1f} ± {own[c]['frechet_distance +-']:.1f}" for c in counts]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -136,7 +135,7 @@ def options(name: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "fpdm": fpdm, "amed": amed, "ipndm": ipndm, "faster-diffusion": faster_diffusion, "fdm": fdm, "gddim": gddim,
-    "support": support, "fdm-long": fdm_table, "gddim-long": gddim_table,
+    "support": support, "fdm-evaluations": fdm_table, "fdm-images": partial(fdm_table, "images", evaluations=17), "gddim-long": gddim_table,
 }  # fmt: skip
 
 
@@ -147,7 +146,7 @@ def pages() -> dict[Path, str]:
         begin, kind, name, line, end = match.groups()
         return begin + line + (BLOCKS[name]() if kind == "measured" else options(name)) + line + end
 
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "model_cards" / "fdm-benchmark.md"]
     return {path: BLOCK.sub(fill, path.read_text(encoding="utf-8")) for path in paths}
 
 
