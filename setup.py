@@ -37,7 +37,7 @@ EXTRAS["test"] = [
     "pytest>=8.0",
     "torchmetrics>=1.4",
 ]
-EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.0", "ruff>=0.8"]
+EXTRAS["dev"] = [*EXTRAS["test"], "build>=1.0", "mypy>=1.11", "ruff>=0.8"]
 
 setup(
     name="diffusers_fastdiff",
@@ -49,7 +49,13 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["diffusers_fastdiff*"]),
     package_data={
-        "diffusers_fastdiff": ["pretrained/*/*.json", "pretrained/*/*/*", "pretrained/*/*/*/*", "evaluation/*.safetensors"]
+        "diffusers_fastdiff": [
+            "py.typed",
+            "pretrained/*/*.json",
+            "pretrained/*/*/*",
+            "pretrained/*/*/*/*",
+            "evaluation/*.safetensors",
+        ]
     },
     install_requires=[
         "diffusers>=0.38",

@@ -134,9 +134,17 @@ def options(name: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "fpdm": fpdm, "amed": amed, "ipndm": ipndm, "faster-diffusion": faster_diffusion, "fdm": fdm, "gddim": gddim,
-    "support": support, "fdm-evaluations": fdm_table, "fdm-images": partial(fdm_table, "images", evaluations=17), "gddim-long": gddim_table,
-}  # fmt: skip
+    "fpdm": fpdm,
+    "amed": amed,
+    "ipndm": ipndm,
+    "faster-diffusion": faster_diffusion,
+    "fdm": fdm,
+    "fdm-evaluations": fdm_table,
+    "fdm-images": partial(fdm_table, "images", evaluations=17),
+    "gddim": gddim,
+    "gddim-long": gddim_table,
+    "support": support,
+}
 
 
 def pages() -> dict[Path, str]:

@@ -72,7 +72,7 @@ def test_contents(wheel):
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"diffusers_fastdiff"}
     assert [name for name in names if "/examples/" in name] == ["diffusers_fastdiff/examples/train_amed.py"]
     ends = {Path(name).suffix for name in names if ".dist-info" not in name}
-    assert ends <= {".py", ".json", ".safetensors", ".md"}
+    assert ends <= {".py", ".json", ".safetensors", ".md", ".typed"}
 
 
 def docstring_examples() -> dict[str, str]:

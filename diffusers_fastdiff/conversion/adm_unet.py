@@ -75,7 +75,9 @@ def convert_adm_unet(
 
 def adm_unet_state_dict(model: EDMUNet2DModel, family: str) -> StateDict:
     """The weights of `model` under the names and in the shapes of the original: the inverse of `convert_adm_unet`."""
-    original, parts, names = {}, {}, dict(_modules(model))
+    original: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    names = dict(_modules(model))
     for key, value in model.state_dict().items():
         source, name = _source(names, key), key.rsplit(".", 2)[-2]
         if name in _QKV:

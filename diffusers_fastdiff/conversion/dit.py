@@ -46,7 +46,7 @@ def convert_dit(
     config = common | {"num_layers": num_layers, "num_embeds_ada_norm": num_classes, "norm_eps": 1e-6}
 
     converted, rest = convert_outer_layers(original)
-    embedders = {}
+    embedders: dict[str, Any] = {}
     for new, old in _EMBEDDERS.items():
         embedders |= {f"{new}.{kind}": rest.pop(f"{old}.{kind}") for kind in _kinds(rest, old)}
     for index in range(num_layers):
@@ -110,7 +110,7 @@ def convert_outer_layers(original: Mapping[str, torch.Tensor]) -> tuple[StateDic
         "proj_out_1": "final_layer.adaLN_modulation.1",
         "proj_out_2": "final_layer.linear",
     }
-    converted = {}
+    converted: dict[str, Any] = {}
     for new, old in names.items():
         converted |= {f"{new}.{kind}": rest.pop(f"{old}.{kind}") for kind in _kinds(rest, old)}
     return converted, rest
@@ -124,7 +124,7 @@ def convert_block(rest: StateDict, source: str, target: str, attention: str, mod
         f"{target}.ff.net.2": f"{source}.mlp.fc2",
         modulation: f"{source}.adaLN_modulation.1",
     }
-    block = {}
+    block: dict[str, Any] = {}
     for kind in ("weight", "bias"):
         block |= {f"{new}.{kind}": rest.pop(f"{old}.{kind}") for new, old in names.items()}
         query, key, value = rest.pop(f"{source}.attn.qkv.{kind}").chunk(3)

@@ -102,7 +102,7 @@ def convert_edm(
 
 def _recorded(state: Mapping[str, Any], kind: str, has_momentum: bool, multiplier: float | None) -> Preconditioning:
     """The formulation that the attributes of a stored network describe."""
-    options = {name: float(state[name]) for name in _NUMBERS if isinstance(state.get(name), int | float)}
+    options: dict[str, Any] = {name: float(state[name]) for name in _NUMBERS if isinstance(state.get(name), int | float)}
     if isinstance(state.get("M"), int):
         options["num_timesteps"] = state["M"]
     if not has_momentum:
@@ -161,8 +161,7 @@ def _snapshot_in(content: Any, path: str | Path, weights: str) -> Snapshot | Non
 
 def _read(checkpoint: Checkpoint, weights: str) -> tuple[StoredObject | None, StateDict]:
     """The stored network, if the file is a snapshot, and its state dict."""
-    is_path = not isinstance(checkpoint, Mapping) and Path(checkpoint).is_file()
-    if not is_path or Path(checkpoint).suffix == ".safetensors":
+    if isinstance(checkpoint, Mapping) or not Path(checkpoint).is_file() or Path(checkpoint).suffix == ".safetensors":
         return None, state_dict_and_arguments(checkpoint, weights)[0]
     path = Path(checkpoint)
     if zipfile.is_zipfile(path):

@@ -77,7 +77,9 @@ def edm_unet_state_dict(model: EDMUNet2DModel) -> StateDict:
     Raises:
         ValueError: if the model carries adapters or fused projections.
     """
-    original, interleaved, names = {}, {}, _module_names(model)
+    original: dict[str, Any] = {}
+    interleaved: dict[str, Any] = {}
+    names = _module_names(model)
     for key, value in model.state_dict().items():
         source, name = _original_key(names, key), key.rsplit(".", 2)[-2]
         if name in _QKV:

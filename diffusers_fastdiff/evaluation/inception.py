@@ -3,6 +3,8 @@
 Parameters have the names of torchvision's model, which is also how the weights of pytorch-fid and torch-fidelity are called.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +24,7 @@ class ConvUnit(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-_CHAINS = {
+_CHAINS: dict[str, Callable[[int], dict[str, list[tuple]]]] = {
     "A": lambda pool: {
         "branch1x1": [("branch1x1", 64, 1)],
         "branch5x5": [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
@@ -88,7 +90,7 @@ class Block(nn.Module):
                 for number, name in enumerate(names if pair else (names,)):
                     size = (kernel, kernel) if isinstance(kernel, int) else kernel[::-1] if number else kernel
                     padding = (0, 0) if stride else tuple(side // 2 for side in size)
-                    self.add_module(name, ConvUnit(channels, out_channels, size, *(stride or [1]), padding=padding))
+                    self.add_module(name, ConvUnit(channels, out_channels, size, stride[0] if stride else 1, padding))
                 channels = out_channels * (2 if pair else 1)
             self.out_channels += channels
 

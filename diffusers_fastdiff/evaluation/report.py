@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 
 
 def _choose_metrics(reference: Reference, config: EvaluationConfig, clip_scores) -> tuple[set[str], dict[str, str]]:
-    reasons = {}
+    reasons: dict[str, str] = {}
     if reference.table is None:
         reasons |= dict.fromkeys(_NEED_DATA, f"{reference.statistics.source} holds statistics only; give images")
     if reference.statistics.spatial is None:
@@ -209,6 +209,6 @@ def _noise_floor(table: FeatureTable, config: EvaluationConfig, chosen: set[str]
             result[name] = FrechetReference(b).distance(a)
     if "kid" in chosen:
         size = min(config.kid_subset_size, max(2, len(first) // 2))
-        halves = [FeatureRows(table.pooled, half) for half in (first, second)]
-        result["kid"] = float(kernel_distances(*halves, config.kid_subsets, size, config.seed).mean())
+        a, b = (FeatureRows(table.pooled, half) for half in (first, second))
+        result["kid"] = float(kernel_distances(a, b, config.kid_subsets, size, config.seed).mean())
     return result

@@ -11,7 +11,7 @@ from .sampling_run import SamplingRun
 class KeyStep(NamedTuple):
     """Position of one model call."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     """Model call of this run, 0 first."""
     is_first: bool
     """Whether a new run begins here."""

@@ -14,7 +14,7 @@ import torch
 class SamplingStep(NamedTuple):
     """Position of one model call."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     """Model call of this run, 0 first."""
     num_steps: int
     """Model calls that this run will make."""

@@ -31,4 +31,4 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=z) if return_dict else (z,)
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+        return self.decode(self.encode(sample, return_dict=False)[0], return_dict=return_dict)

@@ -82,7 +82,9 @@ class FixedPointDiTSharedBlock(FixedPointDiTBlock):
         self.state_proj = nn.Linear(dim, 2 * dim, bias=False)
         self.merge_proj = nn.Linear(2 * dim, dim)
 
-    def forward(self, hidden_states: torch.Tensor, modulation: Modulation, injection: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # one input more than an ordinary block
+        self, hidden_states: torch.Tensor, modulation: Modulation, injection: torch.Tensor
+    ) -> torch.Tensor:
         merged = F.gelu(self.state_proj(hidden_states) + injection, approximate="tanh")
         return super().forward(self.merge_proj(merged), modulation)
 

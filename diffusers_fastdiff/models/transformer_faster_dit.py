@@ -28,6 +28,8 @@ class FasterDiffusionDiTTransformer2DModel(DiTTransformer2DModel):
             trained there), 0 as in the original DiT (for converted weights).
     """
 
+    _repeated_blocks = ["BasicTransformerBlock"]
+
     @register_to_config
     def __init__(
         self,

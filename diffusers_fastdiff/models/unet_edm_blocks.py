@@ -30,6 +30,8 @@ class EDMNoiseFeatures(nn.Module):
         freq_shift: 1 reaches the frequency 1/10000, 0 stops just before it.
     """
 
+    frequencies: torch.Tensor
+
     def __init__(self, channels: int, embedding_type: str, flip_sin_to_cos: bool, freq_shift: float):
         super().__init__()
         self.flip_sin_to_cos = flip_sin_to_cos

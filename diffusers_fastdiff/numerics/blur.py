@@ -51,7 +51,7 @@ class BlurProcess(LinearProcess):
         return self.image_size
 
     @property
-    def start_time(self) -> float:
+    def start_time(self) -> float:  # type: ignore[override]  # depends on the instance, not on the class alone
         """Where `cos(phi_0) tan(phi) - sin(phi_0)`, the noise added since t = 0 relative to the signal, is its maximum."""
         return self.time_of(self.max_noise_to_signal)
 

@@ -19,13 +19,13 @@ all pixels (`cells = ()`) or one for each frequency (`cells = (H, W)`), after th
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 
 PARAMETRIZATIONS = ("R", "L")
 
-Time = float | torch.Tensor
+Time: TypeAlias = float | torch.Tensor
 
 
 def as_time(t: Time) -> torch.Tensor:

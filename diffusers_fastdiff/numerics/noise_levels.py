@@ -7,14 +7,14 @@ rectified flow, `x = (1 - t) x_0 + t noise`, obeys the same equation in its own 
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
 from .parametrization import to_epsilon
 from .preconditioning import Preconditioning
 
-Sigma = float | torch.Tensor
+Sigma: TypeAlias = float | torch.Tensor
 """A noise level: a number, or one for each sample as (B, 1, 1, 1)."""
 
 

@@ -12,11 +12,13 @@ With `x_t = alpha * x_0 + sigma * noise` every prediction is a linear combinatio
 All functions work on tensors of any shape; `alpha` and `sigma` are numbers or tensors that broadcast against the sample.
 """
 
+from typing import TypeAlias
+
 import torch
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
-Scalar = float | torch.Tensor
+Scalar: TypeAlias = float | torch.Tensor
 
 
 def prediction_target(

@@ -14,14 +14,14 @@ Everything is computed in the dtype of `sigma`, numbers in float64.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from .momentum import momentum_scale
 
 KINDS = ("vp", "ve", "edm")
-Sigma = float | torch.Tensor
+Sigma: TypeAlias = float | torch.Tensor
 """Noise level(s) in units of the data, > 0: a number, or a tensor of any shape."""
 
 

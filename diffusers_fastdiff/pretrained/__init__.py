@@ -45,7 +45,7 @@ def load_pretrained(name: str, torch_dtype: torch.dtype = torch.float32) -> Diff
     index = json.loads((folder / "model_index.json").read_text())
     # Component by component, because `DiTPipeline.from_pretrained` warns about every class that is not its own.
     entries = {key: entry for key, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
-    components = {key: _load(folder, key, *entry, torch_dtype) for key, entry in entries.items()}
+    components = {key: _load(folder, key, entry[0], entry[1], torch_dtype) for key, entry in entries.items()}
     return _find("diffusers_fastdiff", index["_class_name"])(**components)
 
 
@@ -80,6 +80,6 @@ def _load(folder: Path, key: str, library: str, class_name: str, torch_dtype: to
     return _find(library, class_name).from_pretrained(folder, subfolder=key, **options)
 
 
-def _find(library: str, class_name: str) -> type:
+def _find(library: str, class_name: str) -> Any:
     own = getattr(importlib.import_module("diffusers_fastdiff"), class_name, None)
     return own if own is not None and library == "diffusers_fastdiff" else getattr(diffusers, class_name)

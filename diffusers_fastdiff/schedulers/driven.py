@@ -1,5 +1,7 @@
 """The surface that schedulers with a `SolverDriver` have in common: everything between `set_timesteps` and the next one."""
 
+from typing import Any
+
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
@@ -14,6 +16,7 @@ class DrivenSchedulerMixin:
 
     _model: NoiseModel
     _levels: DiscreteNoiseLevels
+    config: Any
     _driver: SolverDriver | None = None
     timesteps: torch.Tensor
     sigmas: torch.Tensor

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..numerics.exponential_integrator import step_coefficients
 from ..numerics.linear_sde import add_noise as add_process_noise
 from ..numerics.linear_sde import apply, combine
+from ..numerics.phase_space import CLDProcess
 from ..numerics.reverse_steps import (
     denoising_step,
     euler_maruyama_step,
@@ -106,9 +107,10 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
             self.betas = make_betas(self.config)
             self.alphas_cumprod = (1 - self.betas).cumprod(0).clamp_min(_ZERO_SNR)
         self.init_noise_sigma = 1.0
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps).flip(0)
-        self._begin_index = self._step_index = None
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, **kwargs):
@@ -335,9 +337,10 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         That of the very first step does not change the law of the prior, so that no run needs it.
         """
         process, ends = self.forward_process, self._times[i : i + 3]
-        middle = sscs_middle(process, *ends[:2])
-        next_middle = sscs_middle(process, *ends[1:]) if len(ends) == 3 else ends[1]
-        state = sscs_score_step(process, state, eps, *ends[:2])
+        assert isinstance(process, CLDProcess)  # see `check_config`
+        middle = sscs_middle(process, ends[0], ends[1])
+        next_middle = sscs_middle(process, ends[1], ends[2]) if len(ends) == 3 else ends[1]
+        state = sscs_score_step(process, state, eps, ends[0], ends[1])
         return sscs_free_step(process, state, self._draw(state, generator), middle, next_middle)
 
     def _draw(self, state: torch.Tensor, generator) -> torch.Tensor:

@@ -5,13 +5,15 @@ driver recognises the tensor it handed out, so both give the same numbers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from ..numerics.noise_levels import NoiseModel, Sigma
 from ..numerics.solver_methods import like
-from ..numerics.solvers import SolverRun
+
+Run: TypeAlias = Any
+"""A `SolverRun`, or what behaves like one: `LinearRun`, `SinglestepDriverRun`."""
 
 
 class Evaluation(NamedTuple):
@@ -36,9 +38,9 @@ class SolverDriver:
     def __init__(
         self,
         model: NoiseModel,
-        make_run: Callable[[], SolverRun],
+        make_run: Callable[[], Run],
         analytical_first_step: bool = False,
-        plan_run: Callable[[], SolverRun] | None = None,
+        plan_run: Callable[[], Run] | None = None,
     ):
         self.model, self._make_run = model, make_run
         self.analytical_first_step = analytical_first_step
@@ -47,7 +49,7 @@ class SolverDriver:
         self._sample: torch.Tensor | None = None
         self.begin(0)
 
-    def _plan(self, make_run: Callable[[], SolverRun]) -> list[Evaluation]:
+    def _plan(self, make_run: Callable[[], Run]) -> list[Evaluation]:
         """Walk through a run with a state of no size."""
         run, x, evaluations = make_run(), torch.zeros(1, 1, 1, 1, dtype=torch.float64), []
         if self.analytical_first_step:

@@ -49,7 +49,7 @@ def teacher_states(
 class IntervalResult(NamedTuple):
     """One interval of the student, to be back-propagated before the next one is asked for."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     start: torch.Tensor
     end: torch.Tensor
     squared_error: torch.Tensor

@@ -11,7 +11,7 @@ import torch
 
 from ..models.time_input import network_time
 from ..numerics.linear_sde import LinearProcess, add_noise
-from ..numerics.phase_space import mixed_score_offset
+from ..numerics.phase_space import CLDProcess, mixed_score_offset
 
 SMALLEST_TIME = 1e-5
 
@@ -61,6 +61,7 @@ def gddim_loss(
     label = network_time(timestep.to(clean.device, torch.float32), embedding_type)
     eps = network(noisy, label, **conditions).sample.float()
     if mixed_score:
+        assert isinstance(process, CLDProcess)  # which the scheduler has checked
         eps = eps + mixed_score_offset(process, noisy, time, parametrization)
     errors = (eps - noise).square().flatten(2).mean(2).chunk(process.block, dim=1)
     parts = tuple(error.mean(1) for error in errors)
