@@ -1,6 +1,7 @@
 """Images from the U-Nets of EDM and FDM, in pixel space."""
 
 import inspect
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,12 +11,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..models.unet_edm import EDMUNet2DModel
+from .callbacks import StepCallback, StepCallbackMixin
 from .pipeline_gddim import image_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class EDMPipeline(DiffusionPipeline):
+class EDMPipeline(StepCallbackMixin, DiffusionPipeline):
     r"""Draws noise, runs the scheduler, and returns images. What follows a sample's path is its own: noise and churn of image k
     come from its own generator, so it is the same image whatever the batch or the number of processes.
 
@@ -57,6 +59,8 @@ class EDMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | torch.Tensor]:
         r"""Draw images.
 
@@ -71,6 +75,9 @@ class EDMPipeline(DiffusionPipeline):
             output_type: "pil", "np" (B, H, W, C) and "pt" (B, C, H, W) in [0, 1], or "latent": as the model is trained, not
                 clipped.
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: called after each step with the pipeline, the step, its timestep and a dict of the tensors
+                named next, and returns changed ones; setting `pipe._interrupt` in it ends the run.
+            callback_on_step_end_tensor_inputs: "latents" or nothing.
 
         Raises:
             ValueError: for arguments that do not fit the model or each other.
@@ -88,6 +95,7 @@ class EDMPipeline(DiffusionPipeline):
         labels = self._check_inputs(class_labels, batch_size, guidance_scale, latents, output_type)
         batch_size = len(labels) if labels is not None else batch_size or (1 if latents is None else len(latents))
         generators = image_generators(generator, batch_size)
+        self._begin_callbacks(callback_on_step_end_tensor_inputs, guidance_scale)
 
         # 2. Noise
         config, device = self.unet.config, self._execution_device
@@ -101,10 +109,14 @@ class EDMPipeline(DiffusionPipeline):
         # 3. Reverse process
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        self._num_timesteps = len(self.scheduler.timesteps)
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             sample = self.scheduler.scale_model_input(state, timestep)
-            output = self._predict(sample, timestep, labels, guidance_scale)
+            output = self._predict(sample, timestep, labels, self.guidance_scale)
             state = self.scheduler.step(output, timestep, state, **options).prev_sample
+            state = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, timestep, state)
+            if self.interrupt:
+                break
 
         # 4. Images
         images = state if output_type == "latent" else (state / 2 + 0.5).clamp(0, 1).float()

@@ -1,5 +1,6 @@
 """Images from critically damped Langevin (CLD), blurring and variance-preserving diffusion models with [`GDDIMScheduler`]."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..models.time_input import network_time
 from ..models.unet_edm import EDMUNet2DModel
 from ..numerics.reverse_steps import denoising_step
 from ..schedulers.scheduling_gddim import GDDIMScheduler
+from .callbacks import StepCallback, StepCallbackMixin
 from .probability_flow import integrate_probability_flow
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -33,7 +35,7 @@ class GDDIMPipelineOutput(BaseOutput):
     trajectory: torch.Tensor | None = None
 
 
-class GDDIMPipeline(DiffusionPipeline):
+class GDDIMPipeline(StepCallbackMixin, DiffusionPipeline):
     r"""Draws the prior of the process, runs the scheduler, and drops the velocity.
 
     Args:
@@ -73,6 +75,8 @@ class GDDIMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         output_trajectory: bool = False,
         ode_tolerance: float | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> GDDIMPipelineOutput | tuple:
         r"""Draw images.
 
@@ -88,6 +92,10 @@ class GDDIMPipeline(DiffusionPipeline):
             output_trajectory: also return the states on the way.
             ode_tolerance: integrate the probability flow adaptively to this tolerance instead, with as many evaluations as
                 that takes, before the denoising step; needs `torchdiffeq`. Images then depend on the batch, by the tolerance.
+            callback_on_step_end: called after each step with the pipeline, the step, its timestep and a dict of the tensors
+                named next, and returns changed ones; setting `pipe._interrupt` in it ends the run. Not with
+                `ode_tolerance`, which has no steps.
+            callback_on_step_end_tensor_inputs: "latents" or nothing.
 
         Examples:
 
@@ -102,6 +110,9 @@ class GDDIMPipeline(DiffusionPipeline):
         labels = self._check_inputs(class_labels, batch_size, guidance_scale, latents, output_type, ode_tolerance)
         batch_size = len(labels) if labels is not None else batch_size or (1 if latents is None else len(latents))
         generators = image_generators(generator, batch_size)
+        self._begin_callbacks(callback_on_step_end_tensor_inputs, guidance_scale)
+        if callback_on_step_end is not None and ode_tolerance is not None:
+            raise ValueError("`callback_on_step_end` needs steps: leave `ode_tolerance` out.")
 
         # 2. Prior
         config, device = self.unet.config, self._execution_device
@@ -119,12 +130,15 @@ class GDDIMPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
             self.scheduler.set_begin_index(0)
-            num_evaluations = len(self.scheduler.timesteps)
-            for timestep in self.progress_bar(self.scheduler.timesteps):
-                output = self._predict(state, timestep, labels, guidance_scale)
+            num_evaluations = self._num_timesteps = len(self.scheduler.timesteps)
+            for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+                output = self._predict(state, timestep, labels, self.guidance_scale)
                 state = self.scheduler.step(output, timestep, state, generator=generators).prev_sample
+                state = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, timestep, state)
                 if output_trajectory:
                     trajectory.append(state)
+                if self.interrupt:
+                    break
 
         # 4. Images
         images = state if output_type == "latent" else self.scheduler.forward_process.project(state)

@@ -7,6 +7,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from diffusers_fastdiff import FDMEDMScheduler, GDDIMScheduler, IPNDMMultistepScheduler
+from tests.ecosystem.folders import edm_pipeline, gddim_pipeline
+from tests.ecosystem.pipelines import draw
 from tests.hooks import tiny_pipelines as tiny
 from tests.schedulers.test_common import SCHEDULERS, evaluations
 from tests.test_combinations import OURS
@@ -80,3 +82,42 @@ def test_tuples(name, tmp_path):
     options = {"prompt": ["a"], "num_inference_steps": 6, "output_type": "latent"}
     as_tuple = pipe(**options, return_dict=False, generator=torch.Generator().manual_seed(0))[0]
     assert torch.equal(as_tuple, pipe(**options, generator=torch.Generator().manual_seed(0)).images)
+
+
+@pytest.mark.parametrize("make", [edm_pipeline, gddim_pipeline])
+def test_callbacks_of_own_pipelines(make):
+    pipe = tiny.quiet(make())
+    plain = draw(pipe, 5)
+    seen = []
+
+    def watch(pipe, index, timestep, values):
+        seen.append((index, sorted(values)))
+        return values
+
+    assert torch.equal(draw(pipe, 5, callback_on_step_end=watch), plain)
+    assert seen == [(index, ["latents"]) for index in range(5)]
+    assert pipe.num_timesteps == 5
+
+    def clear(pipe, index, timestep, values):
+        return {"latents": torch.zeros_like(values["latents"])} if index == 4 else values
+
+    assert not draw(pipe, 5, callback_on_step_end=clear).any()
+
+    def stronger(pipe, index, timestep, values):
+        pipe._guidance_scale += 1
+        return values
+
+    assert not torch.equal(draw(pipe, 5, callback_on_step_end=stronger), plain)
+    assert pipe.guidance_scale == 2.0 + 5
+    steps = []
+
+    def stop(pipe, index, timestep, values):
+        steps.append(index)
+        pipe._interrupt = index == 2
+        return {}
+
+    draw(pipe, 5, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=[])
+    assert steps == [0, 1, 2]
+    assert torch.equal(draw(pipe, 5), plain)
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+        draw(pipe, 5, callback_on_step_end_tensor_inputs=["velocity"])
