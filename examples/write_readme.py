@@ -13,6 +13,8 @@ import inspect
 import itertools
 import json
 import re
+import runpy
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable
@@ -105,6 +107,19 @@ def gddim() -> str:
     return f"exact CLD mixture, order 3, 20 evaluations: error {best['error']}"
 
 
+def all_methods() -> str:
+    """The median and the best of every kind on every model, against diffusers' best scheduler in at most the same time."""
+    kind = runpy.run_path(str(ROOT / "examples" / "benchmark_all.py"))["kind"]
+    lines = ["| model | | median | best | which |", "|---|---|---|---|---|"]
+    found = [row for row in rows("benchmark-all") if row["by"] == "ours" and row["error / time"] != ""]
+    for model, label in dict.fromkeys((row["model"], kind(row)) for row in found):
+        own = sorted((row for row in found if (row["model"], kind(row)) == (model, label)), key=lambda row: row["error / time"])
+        best, ratios = own[0], [row["error / time"] for row in own]
+        which = ", ".join(filter(None, (best["scheduler"], best["besides"], f"{best['steps']} steps")))
+        lines.append(f"| {model} | {label} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} | {which} |")
+    return "\n".join(lines)
+
+
 def support() -> str:
     """The matrix that tests/ecosystem/test_support.py proves."""
     sys.path.insert(0, str(ROOT))
@@ -143,6 +158,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fdm-images": partial(fdm_table, "images", evaluations=17),
     "gddim": gddim,
     "gddim-long": gddim_table,
+    "all-methods": all_methods,
     "support": support,
 }
 
